@@ -1,0 +1,350 @@
+"""The fully connected layer, `y = x W + b`, and its bilinear form."""
+
+from collections.abc import Sequence
+from math import prod, sqrt
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.nn.initializers import Initializer
+from jax.typing import DTypeLike
+from jaxtyping import Array, Inexact, Key, Num
+
+from fclayers._checks import (
+    check_array,
+    check_axes,
+    check_count,
+    check_dtype,
+    check_features,
+    check_key,
+    describe,
+)
+from fclayers._jit import jit
+from fclayers._row_product import row_product
+
+
+class LinearParams(NamedTuple):
+    """The parameters of a fully connected layer.
+
+    Attributes:
+        weight: Array of shape `(*in_features, *out_features)`.
+        bias: Array of shape `(*out_features)`, or `None`.
+    """
+
+    weight: Inexact[Array, "*in_and_out"]
+    bias: Inexact[Array, "*out"] | None
+
+
+def init_linear(
+    key: Key[Array, ""],
+    in_features: int | Sequence[int],
+    out_features: int | Sequence[int],
+    *,
+    bias: bool = True,
+    weight_init: Initializer | None = None,
+    bias_init: Initializer | None = None,
+    dtype: DTypeLike = jnp.float32,
+) -> LinearParams:
+    """Makes the parameters of a fully connected layer, by default as `torch.nn.Linear` does.
+
+    Args:
+        key: A key from `jax.random.key`.
+        in_features: Number of input features, or one number per feature axis of the input.
+        out_features: Number of output features, or one number per feature axis of the output.
+        bias: Whether the layer has a bias.
+        weight_init: A `jax.nn.initializers` initializer, called with the shape of the flattened
+            matrix, `(prod(in_features), prod(out_features))`, so that fan-in and fan-out are the
+            layer's. Default: uniform on ±1/√fan-in.
+        bias_init: The same for the bias, called with `(prod(out_features),)`. Default: uniform
+            on ±1/√fan-in of the weight.
+        dtype: Dtype of the parameters, floating-point or complex. Half precision is drawn in
+            float32 and rounded, so one key gives the same layer in every precision.
+
+    Returns:
+        `LinearParams` with a weight of shape `(*in_features, *out_features)` and a bias of shape
+        `(*out_features)` or `None`. No features in or out give empty arrays.
+
+    Raises:
+        TypeError: `key` is not a random key.
+        ValueError: A feature count is not an integer >= 0, or `dtype` is an integer dtype.
+
+    Example:
+        >>> import jax
+        >>> import fclayers as fc
+        >>> params = fc.init_linear(jax.random.key(0), (7, 7, 512), 4096)
+        >>> params.weight.shape, params.bias.shape
+        ((7, 7, 512, 4096), (4096,))
+
+    Source: the defaults documented for
+    [torch.nn.Linear](https://docs.pytorch.org/docs/stable/generated/torch.nn.Linear.html).
+    """
+    name = "init_linear"
+    in_shape = check_features(name, "in_features", in_features)
+    out_shape = check_features(name, "out_features", out_features)
+    default_init = _symmetric_uniform(fan_in=prod(in_shape))
+    return _init(
+        name,
+        key,
+        in_shape,
+        out_shape,
+        weight_init=weight_init or default_init,
+        bias_init=(bias_init or default_init) if bias else None,
+        dtype=dtype,
+    )
+
+
+@jit("axis", "dtype", "precision")
+def apply_linear(
+    params: LinearParams,
+    x: Num[Array, "*batch_and_in"],
+    *,
+    axis: int | tuple[int, ...] = -1,
+    dtype: DTypeLike | None = None,
+    precision: lax.PrecisionLike = None,
+) -> Num[Array, "*batch_and_out"]:
+    """Applies a fully connected layer, `y = x W + b`, to any number of batch axes at once.
+
+    Args:
+        params: The layer, with a weight of shape `(*in, *out)`.
+        x: Input. Integers are promoted as JAX does (int32 with float32 gives float32).
+        axis: The axis of `x` that holds the features, or one axis per leading axis of the
+            weight, in the weight's order.
+        dtype: Compute dtype, to which parameters and input are cast. Default: JAX's type
+            promotion of the three decides.
+        precision: As in `jax.lax.dot_general`.
+
+    Returns:
+        Array of the compute dtype. The axes of `x` that are not contracted keep their order; the
+        output features come last. Products of half precision accumulate in float32.
+
+    Raises:
+        TypeError: `params` is not a `LinearParams`, or `x` not an array.
+        ValueError: The features of `x` along `axis` are not the weight's, `axis` is out of range
+            or names an axis twice, or weight and bias do not belong together.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import fclayers as fc
+        >>> params = fc.init_linear(jax.random.key(0), (7, 7, 512), 10)
+        >>> fc.apply_linear(params, jnp.ones((32, 7, 7, 512)), axis=(-3, -2, -1)).shape
+        (32, 10)
+    """
+    name = "apply_linear"
+    _check_params(name, params)
+    check_array(name, "x", x)
+    axes = check_axes(name, axis, x.shape)
+    features = tuple(x.shape[a] for a in axes)
+    in_ndim = len(axes) if params.bias is None else params.weight.ndim - params.bias.ndim
+    in_shape, out_shape = params.weight.shape[:in_ndim], params.weight.shape[in_ndim:]
+    if features != in_shape:
+        raise ValueError(
+            f"{name}: x of shape {x.shape} has features {features} along axis={axis}, "
+            f"but the weight of shape {params.weight.shape} takes {in_shape}"
+        )
+    if dtype is None:
+        dtype = jnp.result_type(x, *jax.tree.leaves(params))
+    kept = [a for a in range(x.ndim) if a not in axes]
+    batch_shape = tuple(x.shape[a] for a in kept)
+    # A dot over several axes makes XLA copy the weight, transposed, in the backward pass; as a
+    # matrix it is read in place, and reshaping it moves nothing.
+    y = _matrix_product(
+        x.astype(dtype).transpose(*kept, *axes).reshape(*batch_shape, prod(in_shape)),
+        params.weight.astype(dtype).reshape(prod(in_shape), prod(out_shape)),
+        precision,
+    )
+    return _add_bias(y.reshape(*batch_shape, *out_shape), params.bias, dtype)
+
+
+def init_bilinear(
+    key: Key[Array, ""],
+    in1_features: int,
+    in2_features: int,
+    out_features: int,
+    *,
+    bias: bool = True,
+    weight_init: Initializer | None = None,
+    bias_init: Initializer | None = None,
+    dtype: DTypeLike = jnp.float32,
+) -> LinearParams:
+    """Makes the parameters of a bilinear layer, by default as `torch.nn.Bilinear` does.
+
+    Args:
+        key: A key from `jax.random.key`.
+        in1_features: Number of features of the first input.
+        in2_features: Number of features of the second input.
+        out_features: Number of output features.
+        bias: Whether the layer has a bias.
+        weight_init: As in `init_linear`, called with the shape
+            `(in1_features * in2_features, out_features)`. Default: uniform on ±1/√in1_features.
+        bias_init: As in `init_linear`. Default: uniform on ±1/√in1_features.
+        dtype: As in `init_linear`.
+
+    Returns:
+        `LinearParams` with a weight of shape `(in1_features, in2_features, out_features)` and a
+        bias of shape `(out_features,)` or `None`.
+
+    Raises:
+        TypeError: `key` is not a random key.
+        ValueError: A feature count is not an integer >= 0, or `dtype` is an integer dtype.
+
+    Example:
+        >>> import jax
+        >>> import fclayers as fc
+        >>> fc.init_bilinear(jax.random.key(0), 20, 30, 40).weight.shape
+        (20, 30, 40)
+
+    Source: the defaults documented for
+    [torch.nn.Bilinear](https://docs.pytorch.org/docs/stable/generated/torch.nn.Bilinear.html).
+    """
+    name = "init_bilinear"
+    in1 = check_count(name, "in1_features", in1_features)
+    in2 = check_count(name, "in2_features", in2_features)
+    out = check_count(name, "out_features", out_features)
+    default_init = _symmetric_uniform(fan_in=in1)
+    return _init(
+        name,
+        key,
+        (in1, in2),
+        (out,),
+        weight_init=weight_init or default_init,
+        bias_init=(bias_init or default_init) if bias else None,
+        dtype=dtype,
+    )
+
+
+@jit("dtype", "precision")
+def apply_bilinear(
+    params: LinearParams,
+    x1: Num[Array, "*batch in1"],
+    x2: Num[Array, "*batch in2"],
+    *,
+    dtype: DTypeLike | None = None,
+    precision: lax.PrecisionLike = None,
+) -> Num[Array, "*batch out"]:
+    """Applies a bilinear layer, `y_k = Σ_ij x1_i W_ijk x2_j + b_k`.
+
+    Args:
+        params: The layer, with a weight of shape `(in1, in2, out)`.
+        x1: First input.
+        x2: Second input; its batch axes broadcast against those of `x1`.
+        dtype: As in `apply_linear`.
+        precision: As in `apply_linear`.
+
+    Returns:
+        Array of the compute dtype. Products of half precision accumulate in float32.
+
+    Raises:
+        TypeError: `params` is not a `LinearParams`, or an input not an array.
+        ValueError: The shapes of weight, bias and inputs do not belong together.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import fclayers as fc
+        >>> params = fc.init_bilinear(jax.random.key(0), 20, 30, 40)
+        >>> fc.apply_bilinear(params, jnp.ones((8, 20)), jnp.ones((8, 30))).shape
+        (8, 40)
+    """
+    name = "apply_bilinear"
+    _check_params(name, params)
+    check_array(name, "x1", x1)
+    check_array(name, "x2", x2)
+    in_shape = x1.shape[-1:] + x2.shape[-1:]
+    if params.weight.shape[:-1] != in_shape or x1.shape[:-1] != x2.shape[:-1]:
+        raise ValueError(
+            f"{name}: expected x1 (*batch, in1), x2 (*batch, in2) and a weight (in1, in2, out), "
+            f"got shapes {x1.shape}, {x2.shape} and {params.weight.shape}"
+        )
+    if params.bias is not None and params.bias.ndim != 1:
+        raise ValueError(f"{name}: expected a bias (out,), got shape {params.bias.shape}")
+    if dtype is None:
+        dtype = jnp.result_type(x1, x2, *jax.tree.leaves(params))
+    y = jnp.einsum(
+        "...i,...j,ijk->...k",
+        x1.astype(dtype),
+        x2.astype(dtype),
+        params.weight.astype(dtype),
+        precision=precision,
+        preferred_element_type=_accumulation_dtype(dtype),
+    )
+    return _add_bias(y, params.bias, dtype)
+
+
+def _init(
+    function: str,
+    key: Array,
+    in_shape: tuple[int, ...],
+    out_shape: tuple[int, ...],
+    *,
+    weight_init: Initializer,
+    bias_init: Initializer | None,
+    dtype: DTypeLike,
+) -> LinearParams:
+    check_key(function, key)
+    check_dtype(function, dtype)
+    fan_in, fan_out = prod(in_shape), prod(out_shape)
+    draw_dtype = _accumulation_dtype(dtype) or dtype
+    weight_key, bias_key = jax.random.split(key)
+    weight = weight_init(weight_key, (fan_in, fan_out), draw_dtype)
+    weight = weight.astype(dtype).reshape(in_shape + out_shape)
+    if bias_init is None:
+        return LinearParams(weight, None)
+    bias = bias_init(bias_key, (fan_out,), draw_dtype)
+    return LinearParams(weight, bias.astype(dtype).reshape(out_shape))
+
+
+def _symmetric_uniform(fan_in: int) -> Initializer:
+    """Uniform on ±1/√fan_in, real and imaginary parts alike; zero without any inputs."""
+    bound = 1 / sqrt(fan_in) if fan_in else 0.0
+
+    def init(key: Array, shape: Any, dtype: Any = jnp.float32, out_sharding: Any = None) -> Array:
+        if jnp.issubdtype(dtype, jnp.complexfloating):
+            real_dtype = np.zeros((), dtype).real.dtype
+            real, imag = jax.random.uniform(key, (2, *shape), real_dtype, -bound, bound)
+            return lax.complex(real, imag)
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+def _matrix_product(x: Array, weight: Array, precision: lax.PrecisionLike) -> Array:
+    """Multiplies `(*batch, in)` by `(in, out)`; half precision gives float32."""
+    accumulation_dtype = _accumulation_dtype(x.dtype)
+    single_row = x.size == weight.shape[0] > 0
+    if single_row and accumulation_dtype is None and jax.default_backend() == "cpu":
+        return row_product(x.reshape(-1), weight).reshape(*x.shape[:-1], weight.shape[1])
+    return lax.dot_general(
+        x,
+        weight,
+        (((x.ndim - 1,), (0,)), ((), ())),
+        precision=precision,
+        preferred_element_type=accumulation_dtype,
+    )
+
+
+def _accumulation_dtype(dtype: DTypeLike) -> DTypeLike | None:
+    """float32 for floats of less than 32 bits, else `None`: the dtype itself."""
+    half = jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize < 4
+    return jnp.float32 if half else None
+
+
+def _add_bias(y: Array, bias: Array | None, dtype: DTypeLike) -> Array:
+    return (y if bias is None else y + bias.astype(dtype)).astype(dtype)
+
+
+def _check_params(function: str, params: Any) -> None:
+    if not isinstance(params, LinearParams):
+        raise TypeError(f"{function}: expected params to be LinearParams, got {describe(params)}")
+    check_array(function, "params.weight", params.weight)
+    if params.bias is None:
+        return
+    check_array(function, "params.bias", params.bias)
+    in_ndim = max(params.weight.ndim - params.bias.ndim, 0)
+    if params.weight.shape[in_ndim:] != params.bias.shape:
+        raise ValueError(
+            f"{function}: the bias must have the last axes of the weight, got a weight of shape "
+            f"{params.weight.shape} and a bias of shape {params.bias.shape}"
+        )
