@@ -1,0 +1,22 @@
+"""Runs every Python block of the README and the docs, and every example in a docstring."""
+
+import doctest
+import os
+
+import hypothesis
+from sybil import Sybil
+from sybil.document import PythonDocStringDocument
+from sybil.parsers.myst import PythonCodeBlockParser
+from sybil.parsers.rest import DocTestParser
+
+hypothesis.settings.register_profile("quick", max_examples=20, deadline=None)
+hypothesis.settings.register_profile("thorough", max_examples=500, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+
+_pages = Sybil(parsers=[PythonCodeBlockParser()], patterns=["README.md", "docs/*.md"])
+_docstrings = Sybil(
+    parsers=[DocTestParser(optionflags=doctest.NORMALIZE_WHITESPACE)],
+    patterns=["fclayers/**/*.py", "fclayers/*.py"],
+    document_types={".py": PythonDocStringDocument},
+)
+pytest_collect_file = (_pages + _docstrings).pytest()

@@ -1,0 +1,68 @@
+"""What XLA makes of the layer: one dot, one fused add, and the weight read where it lies."""
+
+import re
+from math import prod
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import fclayers as fc
+
+# Sizes that no other array of the program shares with the weight.
+CASES = {
+    "matrix": (48, 80, (32, 48), -1),
+    "two batch axes": (48, 80, (4, 8, 48), -1),
+    "one row": (48, 80, (1, 48), -1),
+    "one sample": (48, 80, (48,), -1),
+    "one row in blocks": (1024, 1040, (1, 1024), -1),
+    "first axis": (48, 80, (48, 32), 0),
+    "middle axis": (48, 80, (5, 48, 9), 1),
+    "three axes": ((7, 5, 16), 80, (32, 7, 5, 16), (-3, -2, -1)),
+    "three axes, two out": ((7, 5, 16), (10, 8), (3, 4, 7, 5, 16), (-3, -2, -1)),
+    "three axes, out of order": ((7, 5, 16), 80, (5, 32, 16, 7), (3, 0, 2)),
+}
+
+
+def compile_layer(case, backward):
+    in_features, out_features, x_shape, axis = CASES[case]
+    params = jax.eval_shape(lambda: fc.init_linear(jax.random.key(0), in_features, out_features))
+    x = jax.ShapeDtypeStruct(x_shape, jnp.float32)
+
+    def forward(params, x):
+        return fc.apply_linear(params, x, axis=axis)
+
+    def gradients(params, x, cotangent):
+        return jax.vjp(forward, params, x)[1](cotangent)
+
+    args = (params, x, jax.eval_shape(forward, params, x)) if backward else (params, x)
+    hlo = jax.jit(gradients if backward else forward).lower(*args).compile().as_text()
+    return hlo, prod(params.weight.shape)
+
+
+def written_sizes(hlo):
+    """Sizes of the arrays that the compiled program writes: results of its top-level operations."""
+    entry = hlo[hlo.index("\nENTRY") :]
+    results = re.findall(r"= \w+\[([\d,]*)\]\S* ([\w-]+)\(", entry)
+    free = {"parameter", "bitcast", "get-tuple-element"}
+    return [
+        prod(int(n) for n in shape.split(",") if n)
+        for shape, opcode in results
+        if opcode not in free
+    ]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_forward_is_one_dot_and_one_add(case):
+    hlo, weight_size = compile_layer(case, backward=False)
+    assert len(re.findall(r" dot\(", hlo)) == 1
+    body = re.sub(r"%region_.*?\n}", "", hlo, flags=re.DOTALL)
+    assert len(re.findall(r" add\(", body)) <= 1
+    assert weight_size not in written_sizes(hlo)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_backward_writes_the_weights_gradient_once_and_no_copy_of_the_weight(case):
+    hlo, weight_size = compile_layer(case, backward=True)
+    assert len(re.findall(r" dot\(", hlo)) <= 2
+    assert written_sizes(hlo).count(weight_size) == 1

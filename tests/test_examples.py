@@ -1,0 +1,50 @@
+"""The examples run, and do what they say."""
+
+import re
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def test_digits(tmp_path, capfd):
+    picture = tmp_path / "new" / "digits.png"
+    accuracy = runpy.run_path(str(EXAMPLES / "digits.py"))["main"](["--output", str(picture)])
+    assert accuracy >= 0.97
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    printed = capfd.readouterr()
+    assert str(picture) in printed.out
+    assert re.search(r"150/150.*accuracy=9\d\.\d%, loss=0\.\d+", printed.err)
+
+
+def test_digits_are_split_without_overlap():
+    splits = runpy.run_path(str(EXAMPLES / "digits.py"))["load_splits"](seed=0)
+    assert [len(split.labels) for split in splits] == [1293, 144, 360]
+    for split in splits:
+        np.testing.assert_allclose(np.bincount(split.labels) / len(split.labels), 0.1, atol=0.03)
+    train, val, test = ({image.tobytes() for image in np.asarray(s.images)} for s in splits)
+    assert not test & (train | val)
+
+
+@pytest.mark.parametrize("flag", ["--epochs", "--batch-size", "--sizes", "--seed", "--output"])
+def test_digits_explains_its_flags(flag, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(EXAMPLES / "digits.py"))["main"](["--help"])
+    assert flag in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [["--batch-size", "2000"], ["--epochs", "0"]])
+def test_digits_refuses_bad_flags(flags, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(EXAMPLES / "digits.py"))["main"](flags)
+    assert flags[0] in capsys.readouterr().err
+
+
+def test_linear_by_hand(capsys):
+    example = runpy.run_path(str(EXAMPLES / "linear_by_hand.py"))
+    assert example["one_output"]() == pytest.approx(-1.4166, abs=5e-5)
+    assert example["a_batch"]().shape == (3, 10)
+    assert "apply_linear(params, x) = -1.4166" in capsys.readouterr().out
