@@ -12,15 +12,18 @@ from tqdm import tqdm
 
 Times = dict[str, float]
 
+# After another library's threads have run, a thread pool takes up to 0.1 s to find its cores again:
+# until then the same call takes up to twice as long.
+_WARM_UP = 0.15
+
 
 def time_side_by_side(
-    candidates: Mapping[str, Callable[[], Any]], *, rounds: int = 12, seconds: float = 0.04
+    candidates: Mapping[str, Callable[[], Any]], *, rounds: int = 7, seconds: float = 0.04
 ) -> Times:
     """Returns each candidate's time in seconds: the median over rounds of a round's median call.
 
-    Every candidate runs once per round, for at least `seconds` and two calls, of which the first
-    is not counted: it pays for the caches and for the threads that the one before left spinning.
-    The order is reversed every other round.
+    Every candidate runs once per round, first for `_WARM_UP` seconds that are not counted, then for
+    at least `seconds`. The order is reversed every other round.
     """
     for call in candidates.values():
         call()
@@ -37,7 +40,7 @@ def run(
 ) -> None:
     """Times the cases one by one; prints a table of ratios to the first candidate, writes JSON."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=12, help="rounds per case")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds per case")
     parser.add_argument("--only", default="", help="run the cases whose names contain this")
     parser.add_argument("--output", type=Path, default=Path(default_output), help="JSON file")
     args = parser.parse_args()
@@ -69,7 +72,9 @@ def format_table(results: Mapping[str, Times]) -> str:
 
 
 def _time_block(call: Callable[[], Any], seconds: float) -> float:
-    call()
+    end = time.perf_counter() + _WARM_UP
+    while time.perf_counter() < end:
+        call()
     times: list[float] = []
     while sum(times) < seconds or not times:
         start = time.perf_counter()

@@ -78,7 +78,7 @@ def init_linear(
         ((7, 7, 512, 4096), (4096,))
 
     Source: the defaults documented for
-    [torch.nn.Linear](https://docs.pytorch.org/docs/stable/generated/torch.nn.Linear.html).
+    `torch.nn.Linear <https://docs.pytorch.org/docs/stable/generated/torch.nn.Linear.html>`_.
     """
     name = "init_linear"
     in_shape = check_features(name, "in_features", in_features)
@@ -197,7 +197,7 @@ def init_bilinear(
         (20, 30, 40)
 
     Source: the defaults documented for
-    [torch.nn.Bilinear](https://docs.pytorch.org/docs/stable/generated/torch.nn.Bilinear.html).
+    `torch.nn.Bilinear <https://docs.pytorch.org/docs/stable/generated/torch.nn.Bilinear.html>`_.
     """
     name = "init_bilinear"
     in1 = check_count(name, "in1_features", in1_features)

@@ -118,7 +118,7 @@ def apply_mlp(
         (32, 10)
 
     Source of dropout:
-    [Srivastava et al. 2014](https://jmlr.org/papers/v15/srivastava14a.html).
+    `Srivastava et al. 2014 <https://jmlr.org/papers/v15/srivastava14a.html>`_.
     """
     name = "apply_mlp"
     if not isinstance(params, (tuple, list)) or isinstance(params, LinearParams):
