@@ -1,12 +1,11 @@
 """The fully connected layer, `y = x W + b`, and its bilinear form."""
 
 from collections.abc import Sequence
-from math import prod, sqrt
+from math import prod
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
@@ -21,8 +20,9 @@ from fclayers._checks import (
     check_key,
     describe,
 )
+from fclayers._initial import draw, symmetric_uniform
 from fclayers._jit import jit
-from fclayers._row_product import row_product
+from fclayers._matrix_product import accumulation_dtype, matrix_product
 
 
 class LinearParams(NamedTuple):
@@ -83,7 +83,7 @@ def init_linear(
     name = "init_linear"
     in_shape = check_features(name, "in_features", in_features)
     out_shape = check_features(name, "out_features", out_features)
-    default_init = _symmetric_uniform(fan_in=prod(in_shape))
+    default_init = symmetric_uniform(fan_in=prod(in_shape))
     return _init(
         name,
         key,
@@ -150,7 +150,7 @@ def apply_linear(
     batch_shape = tuple(x.shape[a] for a in kept)
     # A dot over several axes makes XLA copy the weight, transposed, in the backward pass; as a
     # matrix it is read in place, and reshaping it moves nothing.
-    y = _matrix_product(
+    y = matrix_product(
         x.astype(dtype).transpose(*kept, *axes).reshape(*batch_shape, prod(in_shape)),
         params.weight.astype(dtype).reshape(prod(in_shape), prod(out_shape)),
         precision,
@@ -203,7 +203,7 @@ def init_bilinear(
     in1 = check_count(name, "in1_features", in1_features)
     in2 = check_count(name, "in2_features", in2_features)
     out = check_count(name, "out_features", out_features)
-    default_init = _symmetric_uniform(fan_in=in1)
+    default_init = symmetric_uniform(fan_in=in1)
     return _init(
         name,
         key,
@@ -268,7 +268,7 @@ def apply_bilinear(
         x2.astype(dtype),
         params.weight.astype(dtype),
         precision=precision,
-        preferred_element_type=_accumulation_dtype(dtype),
+        preferred_element_type=accumulation_dtype(dtype),
     )
     return _add_bias(y, params.bias, dtype)
 
@@ -286,49 +286,12 @@ def _init(
     check_key(function, key)
     check_dtype(function, dtype)
     fan_in, fan_out = prod(in_shape), prod(out_shape)
-    draw_dtype = _accumulation_dtype(dtype) or dtype
     weight_key, bias_key = jax.random.split(key)
-    weight = weight_init(weight_key, (fan_in, fan_out), draw_dtype)
-    weight = weight.astype(dtype).reshape(in_shape + out_shape)
-    if bias_init is None:
-        return LinearParams(weight, None)
-    bias = bias_init(bias_key, (fan_out,), draw_dtype)
-    return LinearParams(weight, bias.astype(dtype).reshape(out_shape))
-
-
-def _symmetric_uniform(fan_in: int) -> Initializer:
-    """Uniform on ±1/√fan_in, real and imaginary parts alike; zero without any inputs."""
-    bound = 1 / sqrt(fan_in) if fan_in else 0.0
-
-    def init(key: Array, shape: Any, dtype: Any = jnp.float32, out_sharding: Any = None) -> Array:
-        if jnp.issubdtype(dtype, jnp.complexfloating):
-            real_dtype = np.zeros((), dtype).real.dtype
-            real, imag = jax.random.uniform(key, (2, *shape), real_dtype, -bound, bound)
-            return lax.complex(real, imag)
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return init
-
-
-def _matrix_product(x: Array, weight: Array, precision: lax.PrecisionLike) -> Array:
-    """Multiplies `(*batch, in)` by `(in, out)`; half precision gives float32."""
-    accumulation_dtype = _accumulation_dtype(x.dtype)
-    single_row = x.size == weight.shape[0] > 0
-    if single_row and accumulation_dtype is None and jax.default_backend() == "cpu":
-        return row_product(x.reshape(-1), weight).reshape(*x.shape[:-1], weight.shape[1])
-    return lax.dot_general(
-        x,
-        weight,
-        (((x.ndim - 1,), (0,)), ((), ())),
-        precision=precision,
-        preferred_element_type=accumulation_dtype,
+    weight = draw(weight_init, weight_key, (fan_in, fan_out), dtype)
+    bias = None if bias_init is None else draw(bias_init, bias_key, (fan_out,), dtype)
+    return LinearParams(
+        weight.reshape(in_shape + out_shape), None if bias is None else bias.reshape(out_shape)
     )
-
-
-def _accumulation_dtype(dtype: DTypeLike) -> DTypeLike | None:
-    """float32 for floats of less than 32 bits, else `None`: the dtype itself."""
-    half = jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize < 4
-    return jnp.float32 if half else None
 
 
 def _add_bias(y: Array, bias: Array | None, dtype: DTypeLike) -> Array:
