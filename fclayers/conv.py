@@ -1,0 +1,379 @@
+"""Convolutions and pools over one, two or three spatial axes, channels last."""
+
+from functools import reduce
+from math import prod
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.nn.initializers import Initializer
+from jax.typing import DTypeLike
+from jaxtyping import Array, Inexact, Key, Num
+
+from fclayers._checks import (
+    check_array,
+    check_count,
+    check_dtype,
+    check_features,
+    check_key,
+    describe,
+)
+from fclayers._initial import draw, symmetric_uniform
+from fclayers._jit import jit
+from fclayers._matrix_product import accumulation_dtype, matrix_product
+from fclayers._windows import Geometry, Padding, make_geometry, pad, per_axis, positions, taps
+
+
+class ConvParams(NamedTuple):
+    """The parameters of a convolution.
+
+    Attributes:
+        weight: Array of shape `(*kernel, in_channels // groups, out_channels)`.
+        bias: Array of shape `(out_channels,)`, or `None`.
+    """
+
+    weight: Inexact[Array, "*kernel in out"]
+    bias: Inexact[Array, "out"] | None
+
+
+def init_conv(
+    key: Key[Array, ""],
+    kernel_shape: int | tuple[int, ...],
+    in_channels: int,
+    out_channels: int,
+    *,
+    groups: int = 1,
+    bias: bool = True,
+    weight_init: Initializer | None = None,
+    bias_init: Initializer | None = None,
+    dtype: DTypeLike = jnp.float32,
+) -> ConvParams:
+    """Makes the parameters of a convolution, by default as `torch.nn.Conv2d` does.
+
+    Args:
+        key: A key from `jax.random.key`.
+        kernel_shape: Size of the kernel, one entry per spatial axis (one to three). An integer is
+            a kernel with one spatial axis.
+        in_channels: Number of input channels.
+        out_channels: Number of output channels.
+        groups: Number of groups, which must divide both numbers of channels; `in_channels` for a
+            depthwise convolution.
+        bias: Whether the layer has a bias.
+        weight_init: A `jax.nn.initializers` initializer, called with the weight's shape. Default:
+            uniform on ±1/√fan-in.
+        bias_init: The same for the bias, called with `(out_channels,)`.
+        dtype: As in `init_linear`.
+
+    Returns:
+        `ConvParams` with a weight of shape `(*kernel_shape, in_channels // groups, out_channels)`.
+
+    Raises:
+        TypeError: `key` is not a random key.
+        ValueError: A size is not an integer, the kernel has no entry or more than three, one below
+            1, or `groups` does not divide the channels.
+
+    Example:
+        >>> import jax
+        >>> import fclayers as fc
+        >>> fc.init_conv(jax.random.key(0), (3, 3), 16, 32).weight.shape
+        (3, 3, 16, 32)
+
+    Source: the defaults documented for
+    `torch.nn.Conv2d <https://docs.pytorch.org/docs/stable/generated/torch.nn.Conv2d.html>`_.
+    """
+    name = "init_conv"
+    check_key(name, key)
+    check_dtype(name, dtype)
+    kernel = check_features(name, "kernel_shape", kernel_shape)
+    if not 1 <= len(kernel) <= 3 or 0 in kernel:
+        raise ValueError(
+            f"{name}: kernel_shape must have one to three entries >= 1, got {kernel_shape}"
+        )
+    inputs = check_count(name, "in_channels", in_channels)
+    outputs = check_count(name, "out_channels", out_channels)
+    if check_count(name, "groups", groups) < 1 or inputs % groups or outputs % groups:
+        raise ValueError(
+            f"{name}: groups must divide in_channels and out_channels, "
+            f"got groups={groups} for {inputs} and {outputs} channels"
+        )
+    shape = (*kernel, inputs // groups, outputs)
+    default_init = symmetric_uniform(fan_in=prod(shape[:-1]))
+    weight_key, bias_key = jax.random.split(key)
+    return ConvParams(
+        draw(weight_init or default_init, weight_key, shape, dtype),
+        draw(bias_init or default_init, bias_key, (outputs,), dtype) if bias else None,
+    )
+
+
+@jit("stride", "padding", "dilation", "groups", "dtype", "precision")
+def apply_conv(
+    params: ConvParams,
+    x: Num[Array, "*batch_and_spatial in"],
+    *,
+    stride: int | tuple[int, ...] = 1,
+    padding: Padding = "VALID",
+    dilation: int | tuple[int, ...] = 1,
+    groups: int = 1,
+    dtype: DTypeLike | None = None,
+    precision: lax.PrecisionLike = None,
+) -> Num[Array, "*batch_and_spatial out"]:
+    """Applies a convolution; the weight says over how many spatial axes.
+
+    Args:
+        params: The layer, with a weight of shape `(*kernel, in // groups, out)`.
+        x: Input of shape `(*batch, *spatial, in)`, any number of batch axes.
+        stride: Step of the kernel, an integer or one per spatial axis.
+        padding: `"VALID"` (none), `"SAME"` (`ceil(size / stride)` outputs), an integer for every
+            side, or a tuple with a pair `(before, after)` per spatial axis.
+        dilation: Distance of the kernel's taps, an integer or one per spatial axis.
+        groups: Number of groups, as in `init_conv`.
+        dtype: As in `apply_linear`.
+        precision: As in `apply_linear`.
+
+    Returns:
+        Array of shape `(*batch, *positions, out)` and the compute dtype.
+
+    Raises:
+        TypeError: `params` is not a `ConvParams`, or `x` not an array.
+        ValueError: The channels do not belong together, the kernel is larger than the padded map,
+            or an argument does not fit the spatial axes.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import fclayers as fc
+        >>> params = fc.init_conv(jax.random.key(0), (3, 3), 3, 64)
+        >>> fc.apply_conv(params, jnp.ones((8, 224, 224, 3)), padding=1).shape
+        (8, 224, 224, 64)
+    """
+    name = "apply_conv"
+    _check_params(name, params)
+    check_array(name, "x", x)
+    weight, bias = params
+    *kernel, in_per_group, out_channels = weight.shape
+    geometry = make_geometry(name, x.shape, tuple(kernel), stride, padding, dilation)
+    if groups < 1 or x.shape[-1] != in_per_group * groups or out_channels % groups:
+        raise ValueError(
+            f"{name}: with groups={groups} the weight of shape {weight.shape} takes "
+            f"{in_per_group * groups} channels, got x of shape {x.shape}"
+        )
+    if dtype is None:
+        dtype = jnp.result_type(x, *jax.tree.leaves(params))
+    batch_shape = x.shape[: x.ndim - len(kernel) - 1]
+    y = _convolve(
+        x.reshape(prod(batch_shape), *x.shape[len(batch_shape) :]).astype(dtype),
+        weight.astype(dtype),
+        geometry,
+        groups,
+        precision,
+    )
+    y = y if bias is None else y + bias.astype(dtype)
+    return y.reshape(*batch_shape, *y.shape[1:]).astype(dtype)
+
+
+@jit("window", "stride", "padding", "dilation")
+def max_pool(
+    x: Num[Array, "*batch_and_spatial channels"],
+    window: int | tuple[int, ...],
+    *,
+    stride: int | tuple[int, ...] | None = None,
+    padding: Padding = "VALID",
+    dilation: int | tuple[int, ...] = 1,
+) -> Num[Array, "*batch_and_spatial channels"]:
+    """Takes the maximum of every window; padding never wins.
+
+    Args:
+        x: Input of shape `(*batch, *spatial, channels)`, any number of batch axes.
+        window: Size of the window, one entry per spatial axis (one to three). An integer is a
+            square over two spatial axes.
+        stride: Step of the window. Default: the window, so that windows do not overlap.
+        padding: As in `apply_conv`. PyTorch's `ceil_mode` is padding after the last window.
+        dilation: Distance of the elements of a window.
+
+    Returns:
+        Array of shape `(*batch, *positions, channels)` and the dtype of `x`. The gradient goes to
+        the first maximum of a window, as in PyTorch.
+
+    Raises:
+        TypeError: `x` is not an array.
+        ValueError: The window is larger than the padded map, or an argument does not fit.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import fclayers as fc
+        >>> fc.max_pool(jnp.ones((8, 28, 28, 16)), (2, 2)).shape
+        (8, 14, 14, 16)
+    """
+    name = "max_pool"
+    check_array(name, "x", x)
+    geometry = _pool_geometry(name, x, window, stride, padding, dilation)
+    inexact = jnp.issubdtype(x.dtype, jnp.inexact)
+    lowest = -np.inf if inexact else np.iinfo(x.dtype).min
+    return _reduce_windows(x, geometry, lowest, lax.max, _first_max)
+
+
+@jit("window", "stride", "padding", "dilation", "count_include_pad")
+def avg_pool(
+    x: Num[Array, "*batch_and_spatial channels"],
+    window: int | tuple[int, ...],
+    *,
+    stride: int | tuple[int, ...] | None = None,
+    padding: Padding = "VALID",
+    dilation: int | tuple[int, ...] = 1,
+    count_include_pad: bool = True,
+) -> Inexact[Array, "*batch_and_spatial channels"]:
+    """Takes the mean of every window.
+
+    Args:
+        x: Input of shape `(*batch, *spatial, channels)`, any number of batch axes.
+        window: As in `max_pool`.
+        stride: As in `max_pool`.
+        padding: As in `apply_conv`.
+        dilation: As in `max_pool`.
+        count_include_pad: Whether padding counts as zeros. Without, a window at the border is the
+            mean of what lies inside the map.
+
+    Returns:
+        Array of shape `(*batch, *positions, channels)`; integers become floats. Half precision is
+        summed in float32.
+
+    Raises:
+        TypeError: `x` is not an array.
+        ValueError: The window is larger than the padded map, or an argument does not fit.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import fclayers as fc
+        >>> fc.avg_pool(jnp.ones((8, 28, 28, 16)), (7, 7)).shape
+        (8, 4, 4, 16)
+    """
+    name = "avg_pool"
+    check_array(name, "x", x)
+    geometry = _pool_geometry(name, x, window, stride, padding, dilation)
+    inexact = jnp.issubdtype(x.dtype, jnp.inexact)
+    dtype = x.dtype if inexact else jnp.result_type(x.dtype, jnp.float32)
+    x = x.astype(accumulation_dtype(dtype) or dtype)
+    total = _reduce_windows(x, geometry, 0, lax.add, lax.add)
+    if count_include_pad:
+        return (total / prod(geometry.kernel)).astype(dtype)
+    spatial = x.shape[x.ndim - len(geometry.kernel) - 1 : -1]
+    return (total / _counts(spatial, geometry).astype(total.dtype)).astype(dtype)
+
+
+def _pool_geometry(
+    function: str,
+    x: Array,
+    window: int | tuple[int, ...],
+    stride: int | tuple[int, ...] | None,
+    padding: Padding,
+    dilation: int | tuple[int, ...],
+) -> Geometry:
+    kernel = window if isinstance(window, tuple) else (window, window)
+    if not 1 <= len(kernel) <= 3:
+        raise ValueError(f"{function}: window must have one to three entries, got {window}")
+    kernel = per_axis(function, "window", kernel, len(kernel))
+    return make_geometry(
+        function, x.shape, kernel, kernel if stride is None else stride, padding, dilation
+    )
+
+
+def _convolve(
+    x: Array, weight: Array, geometry: Geometry, groups: int, precision: lax.PrecisionLike
+) -> Array:
+    """Convolves `(N, *spatial, in)`; on CPUs by the formulation that is fastest for the shape."""
+    if jax.default_backend() == "cpu":
+        if groups == 1 and _patches_pay(x, weight, geometry):
+            fan_in, fan_out = prod(weight.shape[:-1]), weight.shape[-1]
+            patches = _patches(pad(x, geometry.padding, 0), geometry)
+            rows = patches.reshape(*patches.shape[: len(geometry.kernel) + 1], fan_in)
+            return matrix_product(rows, weight.reshape(fan_in, fan_out), precision)
+        wide = accumulation_dtype(x.dtype) or x.dtype
+        x, weight = x.astype(wide), weight.astype(wide)
+    spatial = "DHW"[3 - len(geometry.kernel) :]
+    return lax.conv_general_dilated(
+        x,
+        weight,
+        geometry.strides,
+        geometry.padding,
+        rhs_dilation=geometry.dilations,
+        dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
+        feature_group_count=groups,
+        precision=precision,
+    )
+
+
+def _patches_pay(x: Array, weight: Array, geometry: Geometry) -> bool:
+    """Whether one matrix product of patches beats XLA's convolution on a CPU (measured)."""
+    if prod(geometry.kernel) == 1:
+        return True
+    rows = x.shape[0] * prod(positions(x.shape[1:-1], geometry))
+    return bool(rows <= weight.shape[-1])
+
+
+def _patches(x: Array, geometry: Geometry) -> Array:
+    """Every window of a padded `(N, *spatial, C)` as `(N, *positions, *kernel, C)`."""
+    ndim = len(geometry.kernel)
+    for i in range(ndim):
+        x = jnp.stack(taps(x, i, geometry), axis=1 + ndim + i)
+    return x
+
+
+def _reduce_windows(
+    x: Array, geometry: Geometry, initial: float, monoid: Any, combine: Any
+) -> Array:
+    """Reduces every window of `(*batch, *spatial, C)`; on CPUs one spatial axis after the other."""
+    ndim = len(geometry.kernel)
+    batch_shape = x.shape[: x.ndim - ndim - 1]
+    x = x.reshape(prod(batch_shape), *x.shape[len(batch_shape) :])
+    if jax.default_backend() == "cpu":
+        y = pad(x, geometry.padding, initial)
+        # The last axis first, so that of equal maxima the first in memory wins.
+        for i in reversed(range(ndim)):
+            y = reduce(combine, taps(y, i, geometry))
+    else:
+        y = lax.reduce_window(
+            x,
+            np.array(initial, x.dtype),
+            monoid,
+            (1, *geometry.kernel, 1),
+            (1, *geometry.strides, 1),
+            ((0, 0), *geometry.padding, (0, 0)),
+            window_dilation=(1, *geometry.dilations, 1),
+        )
+    return y.reshape(*batch_shape, *y.shape[1:])
+
+
+def _first_max(a: Array, b: Array) -> Array:
+    """The maximum, NaN if there is one; of two equals `a`, which also gets the gradient."""
+    return jnp.where((b > a) | (b != b), b, a)
+
+
+def _counts(spatial: tuple[int, ...], geometry: Geometry) -> np.ndarray:
+    """How many elements of each window lie inside the map: `(*positions, 1)`."""
+    counts = np.ones(())
+    for size, k, s, pair, d in zip(spatial, *geometry, strict=True):
+        (count,) = positions((size,), Geometry((k,), (s,), (pair,), (d,)))
+        places = np.arange(count)[:, None] * s + np.arange(k) * d - pair[0]
+        counts = counts[..., None] * ((places >= 0) & (places < size)).sum(1)
+    return counts[..., None]
+
+
+def _check_params(function: str, params: Any) -> None:
+    if not isinstance(params, ConvParams):
+        raise TypeError(f"{function}: expected params to be ConvParams, got {describe(params)}")
+    weight, bias = params
+    check_array(function, "params.weight", weight)
+    if not 3 <= weight.ndim <= 5:
+        raise ValueError(
+            f"{function}: expected a weight (*kernel, in, out) with one to three spatial axes, "
+            f"got shape {weight.shape}"
+        )
+    if bias is not None:
+        check_array(function, "params.bias", bias)
+        if bias.shape != weight.shape[-1:]:
+            raise ValueError(
+                f"{function}: the bias must have the weight's output channels, got a weight of "
+                f"shape {weight.shape} and a bias of shape {bias.shape}"
+            )
