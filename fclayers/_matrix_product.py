@@ -1,10 +1,8 @@
 """The product of rows and a matrix, in the precision and the formulation that every layer uses.
 
-XLA's CPU backend multiplies a single row on one thread and writes the weight's gradient twice, the
-second time transposed. Cut into blocks along the input, the product runs on all threads and the
-gradient is written once. A batch must not be cut: its blocks would each write a whole output. So
-`vmap` gets the plain product back, and only the tangent of the weight, which costs the same either
-way, stays in two blocks.
+XLA's CPU backend writes the weight's gradient for a single row twice, the second time transposed.
+As the sum of the products of two halves it is written once. The halves cost nothing else: only the
+weight's tangent is computed that way, and under `vmap` its gradient is still one product.
 """
 
 from typing import Any
@@ -12,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_batching import custom_vmap
 from jax.typing import DTypeLike
 from jaxtyping import Array, Num
 
@@ -40,45 +37,31 @@ def accumulation_dtype(dtype: DTypeLike) -> DTypeLike | None:
     return jnp.float32 if half else None
 
 
-# Below this many weights one thread is as fast as several (measured on two cores).
-_MIN_PARALLEL_SIZE = 2**20
+def add_bias(y: Array, bias: Array | None, dtype: DTypeLike) -> Array:
+    """Adds a bias of the last axes, in the precision of the products, and rounds to `dtype`."""
+    if bias is not None:
+        y = y + jnp.broadcast_to(bias.astype(dtype).astype(y.dtype), y.shape)
+    return y.astype(dtype)
 
 
 @jax.custom_jvp
 def _row_product(x: Num[Array, "in"], weight: Num[Array, "in out"]) -> Num[Array, "out"]:
-    """Returns `x @ weight`."""
-    if weight.size < _MIN_PARALLEL_SIZE:
-        return x @ weight
-    product: Array = _parallel_product(x, weight)
-    return product
+    return x @ weight
 
 
 @_row_product.defjvp
 def _row_product_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> Any:
     (x, weight), (x_dot, weight_dot) = primals, tangents
-    return _row_product(x, weight), x_dot @ weight + _block_product(x, weight_dot, blocks=2)
+    return _row_product(x, weight), x_dot @ weight + _product_of_halves(x, weight_dot)
 
 
-@custom_vmap
-def _parallel_product(x: Array, weight: Array) -> Array:
-    return _block_product(x, weight, blocks=16)
-
-
-@_parallel_product.def_vmap
-def _plain_product(axis_size: int, in_batched: list[bool], x: Array, weight: Array) -> Any:
-    del axis_size
-    in_axes = [0 if batched else None for batched in in_batched]
-    return jax.vmap(jnp.matmul, in_axes)(x, weight), True
-
-
-def _block_product(x: Array, weight: Array, blocks: int) -> Array:
+def _product_of_halves(x: Array, weight: Array) -> Array:
     in_features, out_features = weight.shape
-    if in_features % blocks:
+    if in_features % 2:
         return x @ weight
-    rows = in_features // blocks
-    partial = lax.dot_general(
-        x.reshape(blocks, rows),
-        weight.reshape(blocks, rows, out_features),
+    halves = lax.dot_general(
+        x.reshape(2, in_features // 2),
+        weight.reshape(2, in_features // 2, out_features),
         (((1,), (1,)), ((0,), (0,))),
     )
-    return partial.sum(0)
+    return halves.sum(0)

@@ -22,7 +22,7 @@ from fclayers._checks import (
 )
 from fclayers._initial import draw, symmetric_uniform
 from fclayers._jit import jit
-from fclayers._matrix_product import accumulation_dtype, matrix_product
+from fclayers._matrix_product import accumulation_dtype, add_bias, matrix_product
 from fclayers._windows import Geometry, Padding, make_geometry, pad, per_axis, positions, taps
 
 
@@ -169,8 +169,7 @@ def apply_conv(
         groups,
         precision,
     )
-    y = y if bias is None else y + bias.astype(dtype)
-    return y.reshape(*batch_shape, *y.shape[1:]).astype(dtype)
+    return add_bias(y.reshape(*batch_shape, *y.shape[1:]), bias, dtype)
 
 
 @jit("window", "stride", "padding", "dilation")

@@ -22,7 +22,7 @@ from fclayers._checks import (
 )
 from fclayers._initial import draw, symmetric_uniform
 from fclayers._jit import jit
-from fclayers._matrix_product import accumulation_dtype, matrix_product
+from fclayers._matrix_product import accumulation_dtype, add_bias, matrix_product
 
 
 class LinearParams(NamedTuple):
@@ -155,7 +155,7 @@ def apply_linear(
         params.weight.astype(dtype).reshape(prod(in_shape), prod(out_shape)),
         precision,
     )
-    return _add_bias(y.reshape(*batch_shape, *out_shape), params.bias, dtype)
+    return add_bias(y.reshape(*batch_shape, *out_shape), params.bias, dtype)
 
 
 def init_bilinear(
@@ -270,7 +270,7 @@ def apply_bilinear(
         precision=precision,
         preferred_element_type=accumulation_dtype(dtype),
     )
-    return _add_bias(y, params.bias, dtype)
+    return add_bias(y, params.bias, dtype)
 
 
 def _init(
@@ -292,10 +292,6 @@ def _init(
     return LinearParams(
         weight.reshape(in_shape + out_shape), None if bias is None else bias.reshape(out_shape)
     )
-
-
-def _add_bias(y: Array, bias: Array | None, dtype: DTypeLike) -> Array:
-    return (y if bias is None else y + bias.astype(dtype)).astype(dtype)
 
 
 def _check_params(function: str, params: Any) -> None:

@@ -199,6 +199,31 @@ def test_compute_dtype_and_promotion():
     np.testing.assert_allclose(exact, x @ params.weight + params.bias, rtol=1e-6)
 
 
+@pytest.mark.parametrize("batch_shape", [(), (1,), (4,)])
+def test_linear_transpose(batch_shape):
+    params = fc.init_linear(jax.random.key(0), 1024, 1030, bias=False)
+    x = jax.random.normal(jax.random.key(1), (*batch_shape, 1024))
+    y = jax.random.normal(jax.random.key(2), (*batch_shape, 1030))
+    (x_bar,) = jax.linear_transpose(lambda x: fc.apply_linear(params, x), x)(y)
+    np.testing.assert_allclose(x_bar, y @ params.weight.T, rtol=1e-4, atol=1e-4)
+    (weight_bar,) = jax.linear_transpose(
+        lambda weight: fc.apply_linear(fc.LinearParams(weight, None), x), params.weight
+    )(y)
+    expected = jnp.einsum("ni,no->io", jnp.atleast_2d(x), jnp.atleast_2d(y))
+    np.testing.assert_allclose(weight_bar, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch_shape", [(1,), (4,)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_promotes_and_broadcasts_explicitly(batch_shape, dtype):
+    params = fc.init_linear(jax.random.key(0), 3, 2)
+    x = jnp.ones((*batch_shape, 3), dtype)
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        y = fc.apply_linear(params, x, dtype=dtype)
+        jax.grad(lambda params: fc.apply_linear(params, x, dtype=dtype).sum())(params)
+    np.testing.assert_array_equal(y, fc.apply_linear(params, x, dtype=dtype))
+
+
 def test_runs_under_scan():
     params = fc.init_linear(jax.random.key(0), 4, 4)
     x = jnp.ones((2, 4))
