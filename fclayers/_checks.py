@@ -55,7 +55,11 @@ def check_axes(function: str, axis: int | tuple[int, ...], shape: tuple[int, ...
     axes = axis if isinstance(axis, tuple) else (axis,)
     ndim = len(shape)
     for entry in axes:
-        if not isinstance(entry, (int, np.integer)) or not -ndim <= entry < ndim:
+        if (
+            type(entry) is bool
+            or not isinstance(entry, (int, np.integer))
+            or not -ndim <= entry < ndim
+        ):
             raise ValueError(
                 f"{function}: axis {entry!r} is not an axis of x, whose shape is {shape}"
             )

@@ -16,6 +16,8 @@ from fclayers._matrix_product import accumulation_dtype
 
 def draw(initializer: Initializer, key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
     """Calls the initializer; half precision is drawn in float32 and rounded."""
+    if 0 in shape:
+        return jnp.zeros(shape, dtype)
     return initializer(key, shape, accumulation_dtype(dtype) or dtype).astype(dtype)
 
 

@@ -5,11 +5,13 @@ As the sum of the products of two halves it is written once. The halves cost not
 weight's tangent is computed that way, and under `vmap` its gradient is still one product.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 from jax.typing import DTypeLike
 from jaxtyping import Array, Num
 
@@ -19,8 +21,9 @@ def matrix_product(
 ) -> Num[Array, "*batch out"]:
     """Returns `x @ weight`, for half precision in float32."""
     dtype = accumulation_dtype(x.dtype)
-    single_row = x.size == weight.shape[0] > 0
-    if single_row and dtype is None and jax.default_backend() == "cpu":
+    single_row = x.size == weight.shape[0] > 0 and dtype is None and precision is None
+    on_one_cpu = jax.default_backend() == "cpu" and jax.typeof(weight).sharding.mesh.empty
+    if single_row and on_one_cpu:
         return _row_product(x.reshape(-1), weight).reshape(*x.shape[:-1], weight.shape[1])
     return lax.dot_general(
         x,
@@ -49,10 +52,16 @@ def _row_product(x: Num[Array, "in"], weight: Num[Array, "in out"]) -> Num[Array
     return x @ weight
 
 
-@_row_product.defjvp
+@partial(_row_product.defjvp, symbolic_zeros=True)
 def _row_product_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> Any:
     (x, weight), (x_dot, weight_dot) = primals, tangents
-    return _row_product(x, weight), x_dot @ weight + _product_of_halves(x, weight_dot)
+    y = _row_product(x, weight)
+    y_dot = jnp.zeros_like(y)
+    if not isinstance(x_dot, SymbolicZero):
+        y_dot += x_dot @ weight
+    if not isinstance(weight_dot, SymbolicZero):
+        y_dot += _product_of_halves(x, weight_dot)
+    return y, y_dot
 
 
 def _product_of_halves(x: Array, weight: Array) -> Array:

@@ -12,7 +12,8 @@ def summarize(params: Any) -> None:
 
     Args:
         params: Any pytree of arrays, or of the `jax.ShapeDtypeStruct`s that `jax.eval_shape`
-            gives, so that a model needs no memory to be summarized.
+            gives, so that a model needs no memory to be summarized. Leaves that are no arrays, such
+            as functions, are left out.
 
     Example:
         >>> import jax
@@ -28,7 +29,11 @@ def summarize(params: Any) -> None:
         --------------------------------------------------------------------
         total                                        9,610  37.5 KiB  100.0%
     """
-    rows = [_row(params, path, leaf) for path, leaf in jax.tree.leaves_with_path(params)]
+    rows = [
+        _row(params, path, leaf)
+        for path, leaf in jax.tree.leaves_with_path(params)
+        if hasattr(leaf, "dtype") or isinstance(leaf, (bool, int, float, complex))
+    ]
     parameters, size = sum(row.parameters for row in rows), sum(row.size for row in rows)
     cells = [
         (

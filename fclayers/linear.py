@@ -60,7 +60,7 @@ def init_linear(
         bias_init: The same for the bias, called with `(prod(out_features),)`. Default: uniform
             on ±1/√fan-in of the weight.
         dtype: Dtype of the parameters, floating-point or complex. Half precision is drawn in
-            float32 and rounded, so one key gives the same layer in every precision.
+            float32 and rounded, so one key gives the same layer in all three.
 
     Returns:
         `LinearParams` with a weight of shape `(*in_features, *out_features)` and a bias of shape
@@ -144,7 +144,9 @@ def apply_linear(
             f"{name}: x of shape {x.shape} has features {features} along axis={axis}, "
             f"but the weight of shape {params.weight.shape} takes {in_shape}"
         )
-    if dtype is None:
+    if dtype is not None:
+        check_dtype(name, dtype)
+    else:
         dtype = jnp.result_type(x, *jax.tree.leaves(params))
     kept = [a for a in range(x.ndim) if a not in axes]
     batch_shape = tuple(x.shape[a] for a in kept)
@@ -229,7 +231,7 @@ def apply_bilinear(
     Args:
         params: The layer, with a weight of shape `(in1, in2, out)`.
         x1: First input.
-        x2: Second input; its batch axes broadcast against those of `x1`.
+        x2: Second input, with the batch axes of `x1`.
         dtype: As in `apply_linear`.
         precision: As in `apply_linear`.
 
@@ -260,7 +262,9 @@ def apply_bilinear(
         )
     if params.bias is not None and params.bias.ndim != 1:
         raise ValueError(f"{name}: expected a bias (out,), got shape {params.bias.shape}")
-    if dtype is None:
+    if dtype is not None:
+        check_dtype(name, dtype)
+    else:
         dtype = jnp.result_type(x1, x2, *jax.tree.leaves(params))
     y = jnp.einsum(
         "...i,...j,ijk->...k",

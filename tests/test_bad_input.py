@@ -45,6 +45,16 @@ CASES = {
         ValueError,
         r"apply_linear: axis 1\.0 is not an axis",
     ),
+    "axis a boolean": (
+        lambda: fc.apply_linear(LAYER, X, axis=True),
+        ValueError,
+        "apply_linear: axis True is not an axis",
+    ),
+    "integer compute dtype": (
+        lambda: fc.apply_linear(LAYER, X, dtype=jnp.int32),
+        ValueError,
+        "apply_linear: dtype must be floating-point or complex",
+    ),
     "axis repeated": (
         lambda: fc.apply_linear(LAYER, X, axis=(1, -1)),
         ValueError,

@@ -59,6 +59,7 @@ def test_kinds_and_unusual_leaves():
     odd = printed({"key": jax.random.key(0), "scalar": 1.5, "numpy": np.ones((2, 3), np.int8)})
     assert odd[-1].split()[1] == "8"
     assert printed(jnp.ones(3))[2].split()[0] == "array"
+    assert len(printed({"function": jnp.tanh, "weight": jnp.ones(3)})) == 5
     assert printed({})[-1].split() == ["total", "0", "0", "B", "0.0%"]
 
 

@@ -224,6 +224,22 @@ def test_promotes_and_broadcasts_explicitly(batch_shape, dtype):
     np.testing.assert_array_equal(y, fc.apply_linear(params, x, dtype=dtype))
 
 
+def test_single_row_on_an_explicit_mesh():
+    mesh = jax.sharding.AbstractMesh((2,), ("model",), (jax.sharding.AxisType.Explicit,))
+
+    def sharded(shape, *spec):
+        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+
+    params = fc.LinearParams(sharded((8, 4), "model", None), None)
+    gradients = jax.eval_shape(
+        jax.grad(lambda params, x: fc.apply_linear(params, x).sum()),
+        params,
+        sharded((1, 8), None, None),
+    )
+    assert gradients.weight.sharding.spec == params.weight.sharding.spec
+
+
 def test_runs_under_scan():
     params = fc.init_linear(jax.random.key(0), 4, 4)
     x = jnp.ones((2, 4))
@@ -241,6 +257,30 @@ def test_exports_with_a_symbolic_batch():
     for size in (1, 4):
         ones = jnp.ones((size, 3))
         np.testing.assert_allclose(exported.call(params, ones), fc.apply_linear(params, ones))
+
+
+def test_forward_mode_of_a_single_row_costs_no_weight():
+    weight, x = jnp.ones((1024, 1030)), jnp.ones((1, 1024))
+
+    @jax.jit
+    def tangent(weight, x, x_dot):
+        params = fc.LinearParams(weight, None)
+        return jax.jvp(lambda x: fc.apply_linear(params, x), (x,), (x_dot,))
+
+    memory = tangent.lower(weight, x, x).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < weight.nbytes / 10
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_precision_is_passed_on(batch):
+    params = fc.init_linear(jax.random.key(0), 4, 3)
+    jaxpr = jax.make_jaxpr(lambda x: fc.apply_linear(params, x, precision="highest"))
+    assert "HIGHEST" in str(jaxpr(jnp.ones((batch, 4))))
+
+
+def test_no_features_with_any_initializer():
+    he = initializers.he_normal()
+    assert fc.init_linear(jax.random.key(0), 0, 3, weight_init=he).weight.shape == (0, 3)
 
 
 @pytest.mark.parametrize(("in_features", "out_features"), [(0, 3), (3, 0), (0, 0), (3, (2, 0))])
