@@ -3,6 +3,13 @@
 from fclayers.conv import ConvParams, apply_conv, avg_pool, init_conv, max_pool
 from fclayers.convert import conv_to_linear, linear_to_conv, mlp_to_conv
 from fclayers.inspect import summarize
+from fclayers.interop.equinox import from_equinox, to_equinox
+from fclayers.interop.flax import from_flax, to_flax
+from fclayers.interop.haiku import from_haiku, to_haiku
+from fclayers.interop.keras import from_keras, to_keras
+from fclayers.interop.safetensors import load_safetensors, save_safetensors
+from fclayers.interop.torch import from_torch, to_torch
+from fclayers.interop.torchvision import vgg16_from_torch
 from fclayers.linear import (
     LinearParams,
     apply_bilinear,
@@ -11,22 +18,40 @@ from fclayers.linear import (
     init_linear,
 )
 from fclayers.mlp import apply_mlp, init_mlp
+from fclayers.models.vgg import Vgg16Params, apply_vgg16, init_vgg16, vgg16_score_map
 
 __all__ = [
     "ConvParams",
     "LinearParams",
+    "Vgg16Params",
     "apply_bilinear",
     "apply_conv",
     "apply_linear",
     "apply_mlp",
+    "apply_vgg16",
     "avg_pool",
     "conv_to_linear",
+    "from_equinox",
+    "from_flax",
+    "from_haiku",
+    "from_keras",
+    "from_torch",
     "init_bilinear",
     "init_conv",
     "init_linear",
     "init_mlp",
+    "init_vgg16",
     "linear_to_conv",
+    "load_safetensors",
     "max_pool",
     "mlp_to_conv",
+    "save_safetensors",
     "summarize",
+    "to_equinox",
+    "to_flax",
+    "to_haiku",
+    "to_keras",
+    "to_torch",
+    "vgg16_from_torch",
+    "vgg16_score_map",
 ]

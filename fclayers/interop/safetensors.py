@@ -1,0 +1,150 @@
+"""Parameter trees in safetensors files, by the `safetensors` package."""
+
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fclayers.interop._layers import check_entries, tree_key
+
+
+def save_safetensors(path: str | os.PathLike[str], params: Any) -> None:
+    """Writes the arrays of a pytree to a safetensors file.
+
+    The file appears under its name when it is complete: it is written beside it and renamed.
+
+    Args:
+        path: The file. Its folder must exist; a file that is there is replaced.
+        params: Any pytree of arrays. An array's name is its path with dots, such as
+            `classifier.0.weight`.
+
+    Raises:
+        ModuleNotFoundError: The `safetensors` package is missing.
+        TypeError: A leaf is no array, or of a dtype that the format does not have.
+        ValueError: Two arrays have the same name.
+        OSError: The file cannot be written. What was there before is unharmed.
+
+    Example:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> import jax
+        >>> import fclayers as fc
+        >>> mlp = fc.init_mlp(jax.random.key(0), [64, 128, 10])
+        >>> path = Path(tempfile.mkdtemp(), "mlp.safetensors")
+        >>> fc.save_safetensors(path, mlp)
+        >>> sorted(fc.load_safetensors(path))
+        ['0.bias', '0.weight', '1.bias', '1.weight']
+        >>> fc.load_safetensors(path, mlp)[0].weight.shape
+        (64, 128)
+
+    Source: the `safetensors format <https://huggingface.co/docs/safetensors/index>`_.
+    """
+    from safetensors.numpy import save
+
+    name = "save_safetensors"
+    arrays = {entry: np.asarray(leaf, order="C") for entry, leaf in _named(name, params).items()}
+    for entry, array in arrays.items():
+        if str(array.dtype) not in _DTYPES.values():
+            raise TypeError(f"{name}: {entry} has dtype {array.dtype}, which safetensors lacks")
+    _write(Path(path), save(arrays))
+
+
+def load_safetensors(path: str | os.PathLike[str], like: Any = None) -> Any:
+    """Reads a safetensors file, whoever wrote it.
+
+    Args:
+        path: The file.
+        like: A pytree of arrays, or of the `jax.ShapeDtypeStruct`s that `jax.eval_shape` gives,
+            with the structure that was saved. Default: take what is there.
+
+    Returns:
+        With `like`, its structure with JAX arrays of the same shapes and dtypes. Without, a dict
+        from names to NumPy arrays, which is also what `from_torch` takes.
+
+    Raises:
+        ModuleNotFoundError: The `safetensors` package is missing.
+        OSError: The file cannot be read.
+        ValueError: The file is truncated or no safetensors file, or entries are missing, extra, or
+            of another shape or dtype than in `like`; the message names all of them.
+
+    Example: see `save_safetensors`.
+    """
+    name = "load_safetensors"
+    arrays = _read(name, Path(path))
+    if like is None:
+        return arrays
+    expected = _named(name, like)
+    check_entries(f"{name}: {path}", arrays, expected, dtypes=True)
+    leaves = [jnp.array(arrays[entry]) for entry in expected]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+# The format's dtypes of whole bytes, as NumPy and JAX name them.
+_DTYPES = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "U16": "uint16",
+    "U32": "uint32",
+    "U64": "uint64",
+    "I8": "int8",
+    "I16": "int16",
+    "I32": "int32",
+    "I64": "int64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F32": "float32",
+    "F64": "float64",
+    "C64": "complex64",
+}
+
+
+def _named(function: str, params: Any) -> dict[str, Any]:
+    named: dict[str, Any] = {}
+    for path, leaf in jax.tree.leaves_with_path(params):
+        entry = ".".join(str(tree_key(step)) for step in path)
+        if isinstance(leaf, (bool, int, float, complex)):
+            leaf = np.asarray(leaf, jax.dtypes.result_type(leaf))
+        if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
+            raise TypeError(f"{function}: {entry} is of type {type(leaf).__name__}, not an array")
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+            raise TypeError(f"{function}: {entry} is a random key; save jax.random.key_data of it")
+        if entry in named:
+            raise ValueError(f"{function}: two arrays have the name {entry}")
+        named[entry] = leaf
+    return named
+
+
+def _read(function: str, path: Path) -> dict[str, np.ndarray]:
+    from safetensors import SafetensorError, deserialize
+
+    data = path.read_bytes()
+    arrays: dict[str, np.ndarray] = {}
+    try:
+        for entry, tensor in deserialize(data):  # type: ignore[no-untyped-call]
+            dtype = jnp.dtype(_DTYPES[tensor["dtype"]])
+            arrays[entry] = np.frombuffer(tensor["data"], dtype).reshape(tensor["shape"])
+    except KeyError as error:
+        raise ValueError(f"{function}: {path}: {entry} has the unknown dtype {error}") from error
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{function}: {path} is not a sound safetensors file: {error}") from error
+    return arrays
+
+
+def _write(path: Path, data: bytes) -> None:
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with beside.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
