@@ -43,6 +43,31 @@ def test_digits_refuses_bad_flags(flags, capsys):
     assert flags[0] in capsys.readouterr().err
 
 
+def test_fully_convolutional(tmp_path, capfd):
+    picture = tmp_path / "new" / "page.png"
+    main = runpy.run_path(str(EXAMPLES / "fully_convolutional.py"))["main"]
+    result = main(
+        ["--epochs", "15", "--page-size", "96", "160", "--digits", "50", "--output", str(picture)]
+    )
+    assert result.test_accuracy >= 0.93
+    assert result.recall >= 0.85
+    assert result.precision >= 0.85
+    assert result.max_difference <= 1e-4
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    printed = capfd.readouterr()
+    assert str(picture) in printed.out
+    assert re.search(r"15/15.*loss=0\.\d+", printed.err)
+
+
+@pytest.mark.parametrize(
+    "flags", [["--epochs", "0"], ["--page-size", "4", "9"], ["--digits", "200"]]
+)
+def test_fully_convolutional_refuses_bad_flags(flags, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(EXAMPLES / "fully_convolutional.py"))["main"](flags)
+    assert flags[0] in capsys.readouterr().err
+
+
 def test_linear_by_hand(capsys):
     example = runpy.run_path(str(EXAMPLES / "linear_by_hand.py"))
     assert example["one_output"]() == pytest.approx(-1.4166, abs=5e-5)

@@ -18,7 +18,17 @@ from hypothesis import strategies as st
 
 import fclayers as fc
 
-DTYPES = "bool int8 uint32 float16 bfloat16 float32 complex64 float8_e4m3fn float8_e5m2".split()
+DTYPES = [
+    "bool",
+    "int8",
+    "uint32",
+    "float16",
+    "bfloat16",
+    "float32",
+    "complex64",
+    "float8_e4m3fn",
+    "float8_e5m2",
+]
 
 
 class Custom(NamedTuple):
@@ -151,7 +161,7 @@ BROKEN = {
 def test_broken_files_are_refused(tmp_path, name):
     path = tmp_path / "broken"
     path.write_bytes(BROKEN[name])
-    with pytest.raises(ValueError, match="load_safetensors: .*broken"):
+    with pytest.raises(ValueError, match=r"load_safetensors: .*broken"):
         fc.load_safetensors(path)
 
 
