@@ -48,7 +48,7 @@ def to_flax(params: Any) -> dict[Any, Any]:
         params: A layer, or any nesting of dicts, tuples and lists of them.
 
     Returns:
-        Nested dicts of NumPy arrays: Linen's `{"params": ...}`, or what
+        Nested dicts of NumPy arrays, for Linen what is under the key `params`, for NNX what
         `nnx.replace_by_pure_dict` takes. Indices of tuples and lists are integer keys, as in NNX.
 
     Raises:

@@ -48,7 +48,7 @@ def to_haiku(params: Any) -> dict[str, Any]:
             by slashes.
 
     Returns:
-        `{"name": {"w": ..., "b": ...}}` of NumPy arrays; without names for one layer.
+        A dict from names to dicts of NumPy arrays `w` and `b`; one such dict for one layer.
 
     Raises:
         TypeError: Something in `params` is no layer.
