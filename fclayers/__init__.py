@@ -19,6 +19,7 @@ from fclayers.linear import (
 )
 from fclayers.mlp import apply_mlp, init_mlp
 from fclayers.models.vgg import Vgg16Params, apply_vgg16, init_vgg16, vgg16_score_map
+from fclayers.slide.transform import slide
 
 __all__ = [
     "ConvParams",
@@ -46,6 +47,7 @@ __all__ = [
     "max_pool",
     "mlp_to_conv",
     "save_safetensors",
+    "slide",
     "summarize",
     "to_equinox",
     "to_flax",

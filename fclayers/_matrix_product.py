@@ -21,17 +21,24 @@ def matrix_product(
 ) -> Num[Array, "*batch out"]:
     """Returns `x @ weight`, for half precision in float32."""
     dtype = accumulation_dtype(x.dtype)
-    single_row = x.size == weight.shape[0] > 0 and dtype is None and precision is None
-    on_one_cpu = jax.default_backend() == "cpu" and jax.typeof(weight).sharding.mesh.empty
-    if single_row and on_one_cpu:
+
+    def product(x: Array, weight: Array) -> Array:
+        return lax.dot_general(
+            x,
+            weight,
+            (((x.ndim - 1,), (0,)), ((), ())),
+            precision=precision,
+            preferred_element_type=dtype,
+        )
+
+    def row_product(x: Array, weight: Array) -> Array:
         return _row_product(x.reshape(-1), weight).reshape(*x.shape[:-1], weight.shape[1])
-    return lax.dot_general(
-        x,
-        weight,
-        (((x.ndim - 1,), (0,)), ((), ())),
-        precision=precision,
-        preferred_element_type=dtype,
-    )
+
+    single_row = x.size == weight.shape[0] > 0 and dtype is None and precision is None
+    if single_row and jax.typeof(weight).sharding.mesh.empty:
+        y: Array = lax.platform_dependent(x, weight, cpu=row_product, default=product)
+        return y
+    return product(x, weight)
 
 
 def accumulation_dtype(dtype: DTypeLike) -> DTypeLike | None:

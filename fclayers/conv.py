@@ -282,25 +282,34 @@ def _convolve(
     x: Array, weight: Array, geometry: Geometry, groups: int, precision: lax.PrecisionLike
 ) -> Array:
     """Convolves `(N, *spatial, in)`; on CPUs by the formulation that is fastest for the shape."""
-    if jax.default_backend() == "cpu":
-        if groups == 1 and _patches_pay(x, weight, geometry):
-            fan_in, fan_out = prod(weight.shape[:-1]), weight.shape[-1]
-            patches = _patches(pad(x, geometry.padding, 0), geometry)
-            rows = patches.reshape(*patches.shape[: len(geometry.kernel) + 1], fan_in)
-            return matrix_product(rows, weight.reshape(fan_in, fan_out), precision)
-        wide = accumulation_dtype(x.dtype) or x.dtype
-        x, weight = x.astype(wide), weight.astype(wide)
     spatial = "DHW"[3 - len(geometry.kernel) :]
-    return lax.conv_general_dilated(
-        x,
-        weight,
-        geometry.strides,
-        geometry.padding,
-        rhs_dilation=geometry.dilations,
-        dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
-        feature_group_count=groups,
-        precision=precision,
-    )
+    wide = accumulation_dtype(x.dtype) or x.dtype
+
+    def convolution(x: Array, weight: Array) -> Array:
+        return lax.conv_general_dilated(
+            x,
+            weight,
+            geometry.strides,
+            geometry.padding,
+            rhs_dilation=geometry.dilations,
+            dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
+            feature_group_count=groups,
+            precision=precision,
+        ).astype(wide)
+
+    def wide_convolution(x: Array, weight: Array) -> Array:
+        return convolution(x.astype(wide), weight.astype(wide))
+
+    def product_of_patches(x: Array, weight: Array) -> Array:
+        fan_in, fan_out = prod(weight.shape[:-1]), weight.shape[-1]
+        patches = _patches(pad(x, geometry.padding, 0), geometry)
+        rows = patches.reshape(*patches.shape[: len(geometry.kernel) + 1], fan_in)
+        return matrix_product(rows, weight.reshape(fan_in, fan_out), precision)
+
+    pays = groups == 1 and _patches_pay(x, weight, geometry)
+    on_cpu = product_of_patches if pays else wide_convolution
+    y: Array = lax.platform_dependent(x, weight, cpu=on_cpu, default=convolution)
+    return y
 
 
 def _patches_pay(x: Array, weight: Array, geometry: Geometry) -> bool:
@@ -325,14 +334,16 @@ def _reduce_windows(
     """Reduces every window of `(*batch, *spatial, C)`; on CPUs one spatial axis after the other."""
     ndim = len(geometry.kernel)
     batch_shape = x.shape[: x.ndim - ndim - 1]
-    x = x.reshape(prod(batch_shape), *x.shape[len(batch_shape) :])
-    if jax.default_backend() == "cpu":
-        y = pad(x, geometry.padding, initial)
+
+    def axis_by_axis(x: Array) -> Array:
+        x = pad(x, geometry.padding, initial)
         # The last axis first, so that of equal maxima the first in memory wins.
         for i in reversed(range(ndim)):
-            y = reduce(combine, taps(y, i, geometry))
-    else:
-        y = lax.reduce_window(
+            x = reduce(combine, taps(x, i, geometry))
+        return x
+
+    def at_once(x: Array) -> Array:
+        y: Array = lax.reduce_window(
             x,
             np.array(initial, x.dtype),
             monoid,
@@ -341,6 +352,10 @@ def _reduce_windows(
             ((0, 0), *geometry.padding, (0, 0)),
             window_dilation=(1, *geometry.dilations, 1),
         )
+        return y
+
+    x = x.reshape(prod(batch_shape), *x.shape[len(batch_shape) :])
+    y: Array = lax.platform_dependent(x, cpu=axis_by_axis, default=at_once)
     return y.reshape(*batch_shape, *y.shape[1:])
 
 

@@ -1,0 +1,1 @@
+"""A transformation like `vmap`, over the windows of a larger array."""

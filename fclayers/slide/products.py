@@ -1,0 +1,156 @@
+"""The rule for dot_general; over window axes, the fully connected layer is a convolution."""
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array
+
+from fclayers.slide.elementwise import bind
+from fclayers.slide.values import Atom, Grid, Unshared, Value, axis_of, dense, over_positions, step
+
+
+def dot_general(grid: Grid, eqn: Any, lhs: Value, rhs: Value) -> Value:
+    (lhs_contracted, rhs_contracted), _ = eqn.params["dimension_numbers"]
+    lhs, rhs = dense(lhs), dense(rhs)
+    match _has_window(lhs, lhs_contracted), _has_window(rhs, rhs_contracted):
+        case False, False:
+            return _dot_inside(eqn, lhs, rhs)
+        case True, False:
+            return _dot_over_windows(grid, eqn, lhs, rhs, lhs_contracted, rhs_contracted)
+        case False, True:
+            swapped = _dot_over_windows(grid, eqn, rhs, lhs, rhs_contracted, lhs_contracted)
+            return _move_first_dims_back(swapped, len(rhs.dims) - len(rhs_contracted))
+    raise Unshared("multiplies two values along the window")
+
+
+def _dot_inside(eqn: Any, lhs: Value, rhs: Value) -> Value:
+    """No window axis is contracted: they are free, and stay where they are."""
+    (lhs_contracted, rhs_contracted), (lhs_batch, rhs_batch) = eqn.params["dimension_numbers"]
+    axes = [{atom.axis for atom in value.atoms if atom.axis is not None} for value in (lhs, rhs)]
+    if axes[0] & axes[1] or _has_window(lhs, lhs_batch) or _has_window(rhs, rhs_batch):
+        raise Unshared("multiplies elements of the window with each other")
+    lhs, lhs_axes = _merge_dims(lhs, (*lhs_contracted, *lhs_batch))
+    rhs, rhs_axes = _merge_dims(rhs, (*rhs_contracted, *rhs_batch))
+    numbers = tuple(
+        (tuple(lhs_axes[i] for i in left), tuple(rhs_axes[i] for i in right))
+        for left, right in ((lhs_contracted, rhs_contracted), (lhs_batch, rhs_batch))
+    )
+    array, positions = over_positions(
+        lambda lhs, rhs: bind(eqn, lhs, rhs, dimension_numbers=numbers), lhs, rhs
+    )
+    dims = [lhs.dims[i] for i in lhs_batch]
+    dims += [d for i, d in enumerate(lhs.dims) if i not in (*lhs_contracted, *lhs_batch)]
+    dims += [d for i, d in enumerate(rhs.dims) if i not in (*rhs_contracted, *rhs_batch)]
+    return Value(array, tuple(dims), positions)
+
+
+def _dot_over_windows(
+    grid: Grid,
+    eqn: Any,
+    shared: Value,
+    other: Value,
+    shared_contracted: Sequence[int],
+    other_contracted: Sequence[int],
+) -> Value:
+    """A convolution whose kernel is the other operand, as large as the map it is for."""
+    if eqn.params["dimension_numbers"][1][0]:
+        raise Unshared("multiplies a batch of matrices over the window")
+    if any(atom.axis is not None for atom in other.atoms):
+        raise Unshared("multiplies two values that both vary inside the window")
+    contracted = [atom for i in shared_contracted for atom in shared.dims[i]]
+    windows = [atom for atom in contracted if atom.axis is not None]
+    shared_free = [dim for i, dim in enumerate(shared.dims) if i not in shared_contracted]
+    axes = _axes_of(shared)
+    free_axes = [axis for i, dim in enumerate(axes) if i not in shared_contracted for axis in dim]
+    contracted_axes = [axis for i in shared_contracted for axis in axes[i]]
+    by_atom = list(zip(contracted_axes, contracted, strict=True))
+    window_axes = [axis for axis, atom in by_atom if atom.axis is not None]
+    plain_axes = [axis for axis, atom in by_atom if atom.axis is None]
+    other, other_axes = _merge_dims(other, other_contracted)
+    other_free = [dim for i, dim in enumerate(other.dims) if i not in other_contracted]
+
+    places = range(1, 1 + len(windows))
+    steps = [step(grid, atom) for atom in windows]
+    strides = [grid.stride[axis_of(atom)] // q for atom, q in zip(windows, steps, strict=True)]
+    dilations = [atom.pitch // q for atom, q in zip(windows, steps, strict=True)]
+    counts = [grid.counts[axis_of(atom)] for atom in windows]
+
+    def convolve(shared: Array, other: Array) -> Array:
+        free_lengths = [shared.shape[axis] for axis in free_axes]
+        maps = shared.transpose(*free_axes, *window_axes, *plain_axes)
+        lengths = [shared.shape[axis] for axis in window_axes]
+        y = lax.conv_general_dilated(
+            maps.reshape(prod(free_lengths), *lengths, -1),
+            _kernel(other, [other_axes[i] for i in other_contracted], contracted),
+            strides,
+            "VALID",
+            rhs_dilation=dilations,
+            dimension_numbers=lax.ConvDimensionNumbers(
+                (0, len(windows) + 1, *places),
+                (len(windows) + 1, len(windows), *(i - 1 for i in places)),
+                (0, len(windows) + 1, *places),
+            ),
+            precision=eqn.params["precision"],
+            preferred_element_type=eqn.params["preferred_element_type"],
+        )
+        y = lax.slice(y, [0] * y.ndim, [y.shape[0], *counts, y.shape[-1]])
+        y = jnp.moveaxis(y, places, range(len(windows)))
+        return y.reshape(*counts, *free_lengths, *(a.size for dim in other_free for a in dim))
+
+    array, positions = over_positions(convolve, shared, other)
+    order = [*positions, *map(axis_of, windows)]
+    array = array.transpose(*np.argsort(order), *range(len(order), array.ndim))
+    return Value(array, (*shared_free, *other_free), tuple(sorted(order)))
+
+
+def _kernel(array: Array, contracted_axes: Sequence[int], atoms: Sequence[Atom]) -> Array:
+    """The other operand as (*window, plain atoms, outputs)."""
+    rest = [axis for axis in range(array.ndim) if axis not in contracted_axes]
+    outputs = prod(array.shape[axis] for axis in rest)
+    array = array.transpose(*contracted_axes, *rest)
+    array = array.reshape(*(atom.size for atom in atoms), outputs)
+    windows = [i for i, atom in enumerate(atoms) if atom.axis is not None]
+    plain = [i for i, atom in enumerate(atoms) if atom.axis is None]
+    array = array.transpose(*windows, *plain, len(atoms))
+    return array.reshape(*(atoms[i].size for i in windows), -1, outputs)
+
+
+def _merge_dims(value: Value, dims: Sequence[int]) -> tuple[Value, dict[int, int]]:
+    """Gives each of these dimensions one array axis; returns which."""
+    lengths = iter(value.array.shape[len(value.positions) :])
+    shape: list[int] = []
+    merged: list[tuple[Atom, ...]] = []
+    axes = {}
+    for i, dim in enumerate(value.dims):
+        own = [next(lengths) for _ in dim]
+        if i in dims:
+            axes[i] = len(shape)
+            shape.append(prod(own))
+            merged.append((Atom(prod(own)),))
+        else:
+            shape += own
+            merged.append(dim)
+    array = value.array.reshape(*value.array.shape[: len(value.positions)], *shape)
+    return Value(array, tuple(merged), value.positions), axes
+
+
+def _move_first_dims_back(value: Value, count: int) -> Value:
+    start = len(value.positions)
+    moved = sum(map(len, value.dims[:count]))
+    axes = range(start, value.array.ndim)
+    array = value.array.transpose(*range(start), *axes[moved:], *axes[:moved])
+    return Value(array, (*value.dims[count:], *value.dims[:count]), value.positions)
+
+
+def _axes_of(value: Value) -> list[list[int]]:
+    """For every dimension the axes of its atoms, without the position axes."""
+    axes = iter(range(len(value.atoms)))
+    return [[next(axes) for _ in dim] for dim in value.dims]
+
+
+def _has_window(value: Value, dims: Sequence[int]) -> bool:
+    return any(atom.axis is not None for i in dims for atom in value.dims[i])

@@ -1,0 +1,84 @@
+"""The table: one rule per primitive."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from jax import lax
+
+from fclayers.slide.elementwise import elementwise
+from fclayers.slide.products import dot_general
+from fclayers.slide.shapes import (
+    along,
+    broadcast_in_dim,
+    concatenate,
+    dynamic_slice,
+    gather,
+    iota,
+    pad,
+    reshape_rule,
+    slice_rule,
+    split,
+    stack,
+    transpose,
+)
+from fclayers.slide.values import constant
+from fclayers.slide.windows import conv, reduce_window, reduction
+
+Rule = Callable[..., Any]
+
+_ELEMENTWISE = """
+    abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp clz complex conj
+    convert_element_type copy copy_p cos cosh digamma div eq eq_to erf erf_inv erfc exp exp2 expm1
+    floor ge gt imag integer_pow is_finite le le_to lgamma log log1p logistic lt lt_to max min mul
+    ne neg nextafter not or population_count pow real reduce_precision rem round rsqrt select_n
+    shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square
+    stop_gradient sub tan tanh xor
+"""
+
+RULES: dict[str, Rule] = dict.fromkeys(_ELEMENTWISE.split(), elementwise) | {
+    "argmax": along("axes"),
+    "argmin": along("axes"),
+    "broadcast_in_dim": broadcast_in_dim,
+    "concatenate": concatenate,
+    "conv_general_dilated": conv,
+    "cumlogsumexp": along("axis"),
+    "cummax": along("axis"),
+    "cummin": along("axis"),
+    "cumprod": along("axis"),
+    "cumsum": along("axis"),
+    "dot_general": dot_general,
+    "dynamic_slice": dynamic_slice,
+    "gather": gather,
+    "iota": iota,
+    "pad": pad,
+    "platform_index": lambda grid, eqn: constant(np.int32(0)),
+    "reduce_and": reduction(lax.bitwise_and, lambda dtype: np.array(True, dtype)),
+    "reduce_max": reduction(lax.max, lambda dtype: _extreme(dtype, -1)),
+    "reduce_min": reduction(lax.min, lambda dtype: _extreme(dtype, 1)),
+    "reduce_or": reduction(lax.bitwise_or, lambda dtype: np.array(False, dtype)),
+    "reduce_sum": reduction(lax.add, lambda dtype: np.array(0, dtype)),
+    "reduce_window": reduce_window,
+    "reduce_window_max": reduce_window,
+    "reduce_window_min": reduce_window,
+    "reduce_window_sum": reduce_window,
+    "reshape": reshape_rule,
+    "rev": along("dimensions"),
+    "slice": slice_rule,
+    "sort": along("dimension"),
+    "split": split,
+    "stack": stack,
+    "squeeze": reshape_rule,
+    "top_k": along("axis"),
+    "transpose": transpose,
+}
+
+
+def _extreme(dtype: Any, sign: int) -> np.ndarray:
+    """The least value of a dtype for a sign of -1, the greatest for 1."""
+    if dtype == np.bool_:
+        return np.array(sign > 0)
+    if np.issubdtype(dtype, np.integer):
+        info = np.iinfo(dtype)
+        return np.array(info.max if sign > 0 else info.min, dtype)
+    return np.array(sign * np.inf, dtype)

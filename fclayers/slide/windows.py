@@ -1,0 +1,170 @@
+"""Rules for primitives with windows of their own: convolutions, pools, reductions of the window."""
+
+from typing import Any
+
+import numpy as np
+from jax import lax
+
+from fclayers.slide.elementwise import bind
+from fclayers.slide.values import (
+    Atom,
+    Grid,
+    Unshared,
+    Value,
+    axis_of,
+    dense,
+    drop_atom,
+    make_value,
+    over_positions,
+    per_dim,
+    step,
+    window_atom,
+)
+
+
+def conv(grid: Grid, eqn: Any, lhs: Value, rhs: Value) -> Value:
+    params = eqn.params
+    (batch, feature, *spatial), _, out_spec = params["dimension_numbers"]
+    if any(atom.axis is not None for atom in rhs.atoms):
+        raise Unshared("convolves with a kernel that varies from window to window")
+    lhs, atoms = per_dim(lhs)
+    if atoms[feature].axis is not None:
+        raise Unshared("convolves with a window axis as its features")
+    if atoms[batch].axis is not None and params["batch_group_count"] > 1:
+        raise Unshared("splits a window axis into groups")
+    shape = eqn.outvars[0].aval.shape
+    steps = [
+        _window_step(grid, atoms[dim], shape[out], *geometry)
+        for dim, out, geometry in zip(
+            spatial,
+            out_spec[2:],
+            zip(
+                params["window_strides"],
+                params["padding"],
+                params["lhs_dilation"],
+                params["rhs_dilation"],
+                strict=True,
+            ),
+            strict=True,
+        )
+    ]
+    strides, padding, dilations, kept = zip(*steps, strict=True) if steps else ((), (), (), ())
+    array, positions = over_positions(
+        lambda lhs, rhs: bind(
+            eqn, lhs, rhs, window_strides=strides, padding=padding, rhs_dilation=dilations
+        ),
+        dense(lhs),
+        dense(per_dim(rhs)[0]),
+    )
+    out_atoms = [Atom(size) for size in shape]
+    if atoms[batch].axis is not None:
+        out_atoms[out_spec[0]] = atoms[batch]
+    for dim, atom in zip(out_spec[2:], kept, strict=True):
+        out_atoms[dim] = atom
+    return make_value(array, out_atoms, positions)
+
+
+def reduce_window(grid: Grid, eqn: Any, *values: Value) -> list[Value]:
+    """For sums, maxima, minima, and with any function; initial values come last, if at all."""
+    params = eqn.params
+    operands = values[: len(eqn.outvars)]
+    split = [per_dim(value) for value in operands]
+    if any(atoms != split[0][1] for _, atoms in split):
+        raise Unshared("reduces windows of values that lie differently in the window")
+    shape = eqn.outvars[0].aval.shape
+    steps = [
+        _window_step(grid, *geometry)
+        for geometry in zip(
+            split[0][1],
+            shape,
+            params["window_strides"],
+            params["padding"],
+            params["base_dilation"],
+            params["window_dilation"],
+            strict=True,
+        )
+    ]
+    strides, padding, dilations, kept = zip(*steps, strict=True)
+    arrays, positions = over_positions(
+        lambda *arrays: bind(
+            eqn, *arrays, window_strides=strides, padding=padding, window_dilation=dilations
+        ),
+        *(dense(value) for value, _ in split),
+        *values[len(operands) :],
+    )
+    if not eqn.primitive.multiple_results:
+        arrays = [arrays]
+    return [make_value(array, kept, positions) for array in arrays]
+
+
+def reduction(monoid: Any, initial: Any) -> Any:
+    """The rule for a reduction of dimensions; of window axes, it is a pool as large as the map."""
+
+    def rule(grid: Grid, eqn: Any, value: Value) -> Value:
+        value = dense(value)
+        axes = eqn.params["axes"]
+        reduced = [i in axes for i, dim in enumerate(value.dims) for _ in dim]
+        plain = [
+            i
+            for i, (atom, gone) in enumerate(zip(value.atoms, reduced, strict=True))
+            if gone and atom.axis is None
+        ]
+        array, positions = value.array, value.positions
+        if plain:
+            array, positions = over_positions(
+                lambda array: bind(eqn, array, axes=tuple(plain)), value
+            )
+        dims = tuple(
+            tuple(atom for atom in dim if i not in axes or atom.axis is not None)
+            for i, dim in enumerate(value.dims)
+        )
+        result = Value(array, dims, positions)
+        for atom, gone in zip(value.atoms, reduced, strict=True):
+            if gone and atom.axis is not None:
+                result = _reduce_window_atom(grid, result, atom, monoid, initial)
+        return result._replace(dims=tuple(d for i, d in enumerate(result.dims) if i not in axes))
+
+    return rule
+
+
+def _reduce_window_atom(grid: Grid, value: Value, atom: Atom, monoid: Any, initial: Any) -> Value:
+    axis = len(value.positions) + value.atoms.index(atom)
+    q = step(grid, atom)
+    window, strides, dilations = np.ones((3, value.array.ndim), int)
+    window[axis] = atom.size
+    strides[axis] = grid.stride[axis_of(atom)] // q
+    dilations[axis] = atom.pitch // q
+    array = lax.reduce_window(
+        value.array,
+        initial(value.array.dtype),
+        monoid,
+        window.tolist(),
+        strides.tolist(),
+        "VALID",
+        window_dilation=dilations.tolist(),
+    )
+    array = lax.slice_in_dim(array, 0, grid.counts[axis_of(atom)], axis=axis)
+    return drop_atom(value, atom, array)
+
+
+def _window_step(
+    grid: Grid,
+    atom: Atom,
+    size: int,
+    stride: int,
+    padding: tuple[int, int],
+    base_dilation: int,
+    dilation: int,
+) -> tuple[int, tuple[int, int], int, Atom]:
+    """Stride, padding and dilation on the array, and the atom of the result."""
+    if atom.axis is None:
+        return stride, padding, dilation, Atom(size)
+    if base_dilation != 1:
+        raise Unshared("puts zeros between the elements of the window")
+    if max(padding) > 0 and not grid.pads_image:
+        raise Unshared("pads inside the window")
+    out = window_atom(grid, size, atom.axis, atom.pitch * stride)
+    q = step(grid, atom)
+    scale = atom.pitch // q
+    low, high = padding
+    return step(grid, out) // q, (low * scale, high * scale), dilation * scale, out
