@@ -19,11 +19,14 @@ from fclayers.linear import (
 )
 from fclayers.mlp import apply_mlp, init_mlp
 from fclayers.models.vgg import Vgg16Params, apply_vgg16, init_vgg16, vgg16_score_map
+from fclayers.slide.report import SlideReport, explain_slide
+from fclayers.slide.tiles import slide_tiles
 from fclayers.slide.transform import slide
 
 __all__ = [
     "ConvParams",
     "LinearParams",
+    "SlideReport",
     "Vgg16Params",
     "apply_bilinear",
     "apply_conv",
@@ -32,6 +35,7 @@ __all__ = [
     "apply_vgg16",
     "avg_pool",
     "conv_to_linear",
+    "explain_slide",
     "from_equinox",
     "from_flax",
     "from_haiku",
@@ -48,6 +52,7 @@ __all__ = [
     "mlp_to_conv",
     "save_safetensors",
     "slide",
+    "slide_tiles",
     "summarize",
     "to_equinox",
     "to_flax",

@@ -1,8 +1,7 @@
 """Convolutions and pools over one, two or three spatial axes, channels last."""
 
-from functools import reduce
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +19,12 @@ from fclayers._checks import (
     check_key,
     describe,
 )
+from fclayers._convolution import convolve
 from fclayers._initial import draw, symmetric_uniform
 from fclayers._jit import jit
-from fclayers._matrix_product import accumulation_dtype, add_bias, matrix_product
-from fclayers._windows import Geometry, Padding, make_geometry, pad, per_axis, positions, taps
+from fclayers._matrix_product import accumulation_dtype, add_bias
+from fclayers._pooling import Pool, reduce_windows
+from fclayers._windows import Geometry, Padding, make_geometry, per_axis, positions
 
 
 class ConvParams(NamedTuple):
@@ -162,7 +163,7 @@ def apply_conv(
     if dtype is None:
         dtype = jnp.result_type(x, *jax.tree.leaves(params))
     batch_shape = x.shape[: x.ndim - len(kernel) - 1]
-    y = _convolve(
+    y = convolve(
         x.reshape(prod(batch_shape), *x.shape[len(batch_shape) :]).astype(dtype),
         weight.astype(dtype),
         geometry,
@@ -208,9 +209,7 @@ def max_pool(
     name = "max_pool"
     check_array(name, "x", x)
     geometry = _pool_geometry(name, x, window, stride, padding, dilation)
-    inexact = jnp.issubdtype(x.dtype, jnp.inexact)
-    lowest = -np.inf if inexact else np.iinfo(x.dtype).min
-    return _reduce_windows(x, geometry, lowest, lax.max, _first_max)
+    return _reduce_windows(x, "max", geometry)
 
 
 @jit("window", "stride", "padding", "dilation", "count_include_pad")
@@ -254,7 +253,7 @@ def avg_pool(
     inexact = jnp.issubdtype(x.dtype, jnp.inexact)
     dtype = x.dtype if inexact else jnp.result_type(x.dtype, jnp.float32)
     x = x.astype(accumulation_dtype(dtype) or dtype)
-    total = _reduce_windows(x, geometry, 0, lax.add, lax.add)
+    total = _reduce_windows(x, "sum", geometry)
     if count_include_pad:
         return (total / prod(geometry.kernel)).astype(dtype)
     spatial = x.shape[x.ndim - len(geometry.kernel) - 1 : -1]
@@ -278,90 +277,18 @@ def _pool_geometry(
     )
 
 
-def _convolve(
-    x: Array, weight: Array, geometry: Geometry, groups: int, precision: lax.PrecisionLike
-) -> Array:
-    """Convolves `(N, *spatial, in)`; on CPUs by the formulation that is fastest for the shape."""
-    spatial = "DHW"[3 - len(geometry.kernel) :]
-    wide = accumulation_dtype(x.dtype) or x.dtype
-
-    def convolution(x: Array, weight: Array) -> Array:
-        return lax.conv_general_dilated(
-            x,
-            weight,
-            geometry.strides,
-            geometry.padding,
-            rhs_dilation=geometry.dilations,
-            dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
-            feature_group_count=groups,
-            precision=precision,
-        ).astype(wide)
-
-    def wide_convolution(x: Array, weight: Array) -> Array:
-        return convolution(x.astype(wide), weight.astype(wide))
-
-    def product_of_patches(x: Array, weight: Array) -> Array:
-        fan_in, fan_out = prod(weight.shape[:-1]), weight.shape[-1]
-        patches = _patches(pad(x, geometry.padding, 0), geometry)
-        rows = patches.reshape(*patches.shape[: len(geometry.kernel) + 1], fan_in)
-        return matrix_product(rows, weight.reshape(fan_in, fan_out), precision)
-
-    pays = groups == 1 and _patches_pay(x, weight, geometry)
-    on_cpu = product_of_patches if pays else wide_convolution
-    y: Array = lax.platform_dependent(x, weight, cpu=on_cpu, default=convolution)
-    return y
-
-
-def _patches_pay(x: Array, weight: Array, geometry: Geometry) -> bool:
-    """Whether one matrix product of patches beats XLA's convolution on a CPU (measured)."""
-    if prod(geometry.kernel) == 1:
-        return True
-    rows = x.shape[0] * prod(positions(x.shape[1:-1], geometry))
-    return bool(rows <= weight.shape[-1])
-
-
-def _patches(x: Array, geometry: Geometry) -> Array:
-    """Every window of a padded `(N, *spatial, C)` as `(N, *positions, *kernel, C)`."""
-    ndim = len(geometry.kernel)
-    for i in range(ndim):
-        x = jnp.stack(taps(x, i, geometry), axis=1 + ndim + i)
-    return x
-
-
-def _reduce_windows(
-    x: Array, geometry: Geometry, initial: float, monoid: Any, combine: Any
-) -> Array:
-    """Reduces every window of `(*batch, *spatial, C)`; on CPUs one spatial axis after the other."""
-    ndim = len(geometry.kernel)
-    batch_shape = x.shape[: x.ndim - ndim - 1]
-
-    def axis_by_axis(x: Array) -> Array:
-        x = pad(x, geometry.padding, initial)
-        # The last axis first, so that of equal maxima the first in memory wins.
-        for i in reversed(range(ndim)):
-            x = reduce(combine, taps(x, i, geometry))
-        return x
-
-    def at_once(x: Array) -> Array:
-        y: Array = lax.reduce_window(
-            x,
-            np.array(initial, x.dtype),
-            monoid,
-            (1, *geometry.kernel, 1),
-            (1, *geometry.strides, 1),
-            ((0, 0), *geometry.padding, (0, 0)),
-            window_dilation=(1, *geometry.dilations, 1),
-        )
-        return y
-
-    x = x.reshape(prod(batch_shape), *x.shape[len(batch_shape) :])
-    y: Array = lax.platform_dependent(x, cpu=axis_by_axis, default=at_once)
-    return y.reshape(*batch_shape, *y.shape[1:])
-
-
-def _first_max(a: Array, b: Array) -> Array:
-    """The maximum, NaN if there is one; of two equals `a`, which also gets the gradient."""
-    return jnp.where((b > a) | (b != b), b, a)
+def _reduce_windows(x: Array, kind: Literal["max", "sum"], geometry: Geometry) -> Array:
+    """Reduces every window of `(*batch, *spatial, C)`."""
+    batch_ndim = x.ndim - len(geometry.kernel) - 1
+    ones, no_padding = (1,) * batch_ndim, ((0, 0),) * batch_ndim
+    kernel, strides, padding, dilations = geometry
+    pool = Pool(
+        (*ones, *kernel, 1),
+        (*ones, *strides, 1),
+        (*no_padding, *padding, (0, 0)),
+        (*ones, *dilations, 1),
+    )
+    return reduce_windows(x, kind, pool)
 
 
 def _counts(spatial: tuple[int, ...], geometry: Geometry) -> np.ndarray:

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fclayers._table import format_bytes, format_table
+
 
 def summarize(params: Any) -> None:
     """Prints a table of the arrays in a pytree: what they are and what they weigh.
@@ -42,18 +44,15 @@ def summarize(params: Any) -> None:
             str(row.shape),
             row.dtype,
             f"{row.parameters:,}",
-            _format_bytes(row.size),
+            format_bytes(row.size),
             f"{row.parameters / max(parameters, 1):.1%}",
         )
         for row in rows
     ]
     header = ("path", "kind", "shape", "dtype", "parameters", "bytes", "share")
     share = f"{1 if parameters else 0:.1%}"
-    total = ("total", "", "", "", f"{parameters:,}", _format_bytes(size), share)
-    widths = [max(map(len, column)) for column in zip(header, *cells, total, strict=True)]
-    lines = [_format_line(line, widths) for line in (header, *cells, total)]
-    rule = "-" * max(map(len, lines))
-    print("\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]]))
+    total = ("total", "", "", "", f"{parameters:,}", format_bytes(size), share)
+    print(format_table(header, cells, total=total, numeric=4))
 
 
 class _Row(NamedTuple):
@@ -92,22 +91,3 @@ def _kind(tree: Any, path: Any) -> str:
             case _:
                 break
     return kind
-
-
-def _format_bytes(size: float) -> str:
-    if size < 1024:
-        return f"{size} B"
-    for unit in ("KiB", "MiB", "GiB"):
-        size /= 1024
-        if size < 1024:
-            return f"{size:.1f} {unit}"
-    return f"{size / 1024:.1f} TiB"
-
-
-def _format_line(cells: tuple[str, ...], widths: list[int]) -> str:
-    numeric = 4
-    aligned = [
-        cell.rjust(width) if i >= numeric else cell.ljust(width)
-        for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
-    ]
-    return "  ".join(aligned)

@@ -38,10 +38,14 @@ class Late:
 
 
 class Step(NamedTuple):
-    """What became of an equation: shared, per position, per window (and why), or a constant."""
+    """What became of an equation: shared, per position, per window (and why), or a constant.
 
-    eqn: Any
+    `eqns` are the equation and the calls around it, the innermost first.
+    """
+
+    eqns: tuple[Any, ...]
     kind: str
+    shape: tuple[int, ...]
     reason: str = ""
 
 
@@ -52,6 +56,7 @@ class Trace:
         self.grid = grid
         self.put_off: list[tuple[Any, list[Value | Late], list[Late]]] = []
         self.steps: list[Step] = []
+        self.callers: tuple[Any, ...] = ()
 
 
 def interpret(trace: Trace, jaxpr: Any, inputs: Sequence[Value | Late]) -> list[Value | Late]:
@@ -74,11 +79,11 @@ def interpret(trace: Trace, jaxpr: Any, inputs: Sequence[Value | Late]) -> list[
 def _run(trace: Trace, eqn: Any, inputs: list[Value | Late]) -> Sequence[Value | Late]:
     name = eqn.primitive.name
     if name in _CALLS:
-        return interpret(trace, eqn.params[_CALLS[name]], inputs)
+        return _run_call(trace, eqn, eqn.params[_CALLS[name]], inputs)
     if name == "cond" and eqn.params.get("branches_platforms"):
         # Formulations for one platform hide what is computed; the default does not.
         default = eqn.params["branches_platforms"].index(None)
-        return interpret(trace, eqn.params["branches"][default], inputs[1:])
+        return _run_call(trace, eqn, eqn.params["branches"][default], inputs[1:])
     values = [value for value in inputs if isinstance(value, Value)]
     try:
         if len(values) < len(inputs):
@@ -98,10 +103,22 @@ def _run(trace: Trace, eqn: Any, inputs: list[Value | Late]) -> Sequence[Value |
         return _note(trace, eqn, "per window", results, str(reason))
 
 
+def _run_call(
+    trace: Trace, eqn: Any, jaxpr: Any, inputs: Sequence[Value | Late]
+) -> Sequence[Value | Late]:
+    outside = trace.callers
+    trace.callers = (eqn, *outside)
+    results = interpret(trace, jaxpr, inputs)
+    trace.callers = outside
+    return results
+
+
 def _note(
     trace: Trace, eqn: Any, kind: str, results: Sequence[Any], reason: str = ""
 ) -> Sequence[Any]:
-    trace.steps.append(Step(eqn, kind, reason))
+    first = results[0] if results else None
+    shape = first.array.shape if isinstance(first, Value) else eqn.outvars[0].aval.shape
+    trace.steps.append(Step((eqn, *trace.callers), kind, shape, reason))
     return results
 
 
@@ -152,7 +169,7 @@ def _run_custom_jvp(trace: Trace, eqn: Any, values: list[Value]) -> Sequence[Val
     call, rule_of = eqn.params["call_jaxpr"], eqn.params["jvp_jaxpr_fun"].call_wrapped
     floating = all(jnp.issubdtype(value.array.dtype, jnp.inexact) for value in values)
     if eqn.params["symbolic_zeros"] or eqn.params["num_consts"] or not floating:
-        return interpret(trace, call, values)
+        return _run_call(trace, eqn, call, values)
     outs: list[Value] = []
 
     def primal(*arrays: Array) -> list[Array]:
@@ -175,7 +192,10 @@ def _run_custom_jvp(trace: Trace, eqn: Any, values: list[Value]) -> Sequence[Val
 
     function = jax.custom_jvp(primal)
     function.defjvp(rule)
-    arrays = function(*(value.array for value in values))
+    inputs = [value.array for value in values]
+    # How the results are laid out; under differentiation only the rule is called.
+    jax.eval_shape(primal, *inputs)
+    arrays = function(*inputs)
     return _note(trace, eqn, "shared", _with_arrays(outs, arrays))
 
 

@@ -9,6 +9,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
+from fclayers._convolution import convolve
+from fclayers._windows import Geometry
 from fclayers.slide.elementwise import bind
 from fclayers.slide.values import Atom, Grid, Unshared, Value, axis_of, dense, over_positions, step
 
@@ -73,35 +75,29 @@ def _dot_over_windows(
     other, other_axes = _merge_dims(other, other_contracted)
     other_free = [dim for i, dim in enumerate(other.dims) if i not in other_contracted]
 
-    places = range(1, 1 + len(windows))
-    steps = [step(grid, atom) for atom in windows]
-    strides = [grid.stride[axis_of(atom)] // q for atom, q in zip(windows, steps, strict=True)]
-    dilations = [atom.pitch // q for atom, q in zip(windows, steps, strict=True)]
+    geometry = Geometry(
+        tuple(atom.size for atom in windows),
+        tuple(grid.stride[axis_of(atom)] // step(grid, atom) for atom in windows),
+        ((0, 0),) * len(windows),
+        tuple(atom.pitch // step(grid, atom) for atom in windows),
+    )
+    dtype = eqn.outvars[0].aval.dtype
     counts = [grid.counts[axis_of(atom)] for atom in windows]
 
-    def convolve(shared: Array, other: Array) -> Array:
+    def multiply(shared: Array, other: Array) -> Array:
         free_lengths = [shared.shape[axis] for axis in free_axes]
         maps = shared.transpose(*free_axes, *window_axes, *plain_axes)
         lengths = [shared.shape[axis] for axis in window_axes]
-        y = lax.conv_general_dilated(
-            maps.reshape(prod(free_lengths), *lengths, -1),
-            _kernel(other, [other_axes[i] for i in other_contracted], contracted),
-            strides,
-            "VALID",
-            rhs_dilation=dilations,
-            dimension_numbers=lax.ConvDimensionNumbers(
-                (0, len(windows) + 1, *places),
-                (len(windows) + 1, len(windows), *(i - 1 for i in places)),
-                (0, len(windows) + 1, *places),
-            ),
-            precision=eqn.params["precision"],
-            preferred_element_type=eqn.params["preferred_element_type"],
-        )
+        maps = maps.reshape(prod(free_lengths), *lengths, -1)
+        kernel = _kernel(other, [other_axes[i] for i in other_contracted], contracted)
+        if not jnp.issubdtype(dtype, jnp.inexact):
+            maps, kernel = maps.astype(dtype), kernel.astype(dtype)
+        y = convolve(maps, kernel, geometry, 1, eqn.params["precision"]).astype(dtype)
         y = lax.slice(y, [0] * y.ndim, [y.shape[0], *counts, y.shape[-1]])
-        y = jnp.moveaxis(y, places, range(len(windows)))
+        y = jnp.moveaxis(y, range(1, 1 + len(windows)), range(len(windows)))
         return y.reshape(*counts, *free_lengths, *(a.size for dim in other_free for a in dim))
 
-    array, positions = over_positions(convolve, shared, other)
+    array, positions = over_positions(multiply, shared, other)
     order = [*positions, *map(axis_of, windows)]
     array = array.transpose(*np.argsort(order), *range(len(order), array.ndim))
     return Value(array, (*shared_free, *other_free), tuple(sorted(order)))

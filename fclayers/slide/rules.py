@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from jax import lax
 
 from fclayers.slide.elementwise import elementwise
 from fclayers.slide.products import dot_general
@@ -53,11 +52,9 @@ RULES: dict[str, Rule] = dict.fromkeys(_ELEMENTWISE.split(), elementwise) | {
     "iota": iota,
     "pad": pad,
     "platform_index": lambda grid, eqn: constant(np.int32(0)),
-    "reduce_and": reduction(lax.bitwise_and, lambda dtype: np.array(True, dtype)),
-    "reduce_max": reduction(lax.max, lambda dtype: _extreme(dtype, -1)),
-    "reduce_min": reduction(lax.min, lambda dtype: _extreme(dtype, 1)),
-    "reduce_or": reduction(lax.bitwise_or, lambda dtype: np.array(False, dtype)),
-    "reduce_sum": reduction(lax.add, lambda dtype: np.array(0, dtype)),
+    "reduce_max": reduction("max"),
+    "reduce_min": reduction("min"),
+    "reduce_sum": reduction("sum"),
     "reduce_window": reduce_window,
     "reduce_window_max": reduce_window,
     "reduce_window_min": reduce_window,
@@ -72,13 +69,3 @@ RULES: dict[str, Rule] = dict.fromkeys(_ELEMENTWISE.split(), elementwise) | {
     "top_k": along("axis"),
     "transpose": transpose,
 }
-
-
-def _extreme(dtype: Any, sign: int) -> np.ndarray:
-    """The least value of a dtype for a sign of -1, the greatest for 1."""
-    if dtype == np.bool_:
-        return np.array(sign > 0)
-    if np.issubdtype(dtype, np.integer):
-        info = np.iinfo(dtype)
-        return np.array(info.max if sign > 0 else info.min, dtype)
-    return np.array(sign * np.inf, dtype)

@@ -6,14 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
-from fclayers._checks import check_axes, check_count, describe
+from fclayers.slide.arguments import check_image, check_windows, place_windows
 from fclayers.slide.elementwise import bind
 from fclayers.slide.interpret import Late, Trace, interpret
-from fclayers.slide.values import Atom, Grid, Value, cut_window, cut_windows, make_value
+from fclayers.slide.values import Atom, Value, cut_window, cut_windows, make_value
 
 # Windows that cannot be shared are run in chunks of about this size.
 _CHUNK_BYTES = 2**26
@@ -48,8 +48,8 @@ def slide(
         A function `g(*args, image)` with, for every position and for `"window"` edges,
         `g(*args, image)[i, j] == fun(*args, image[i * s : i * s + h, j * s : j * s + w])` up to
         rounding. Positions are the leading axes of all its results, `(size - window) // stride + 1`
-        of them along each axis. It can be jitted, differentiated, vmapped and sharded. A random key
-        inside is shared by all windows.
+        of them along each axis. It can be jitted, differentiated, vmapped and sharded; results for
+        an image on an explicit mesh are replicated. A random key inside is shared by all windows.
 
     Raises:
         TypeError: The last argument is not an array.
@@ -73,91 +73,47 @@ def slide(
     Source: `Giusti et al. 2013 <https://arxiv.org/abs/1302.1700>`_ and
     `Bailer et al. 2018 <https://arxiv.org/abs/1805.03096>`_ for networks of convolutions and pools.
     """
-    name = "slide"
-    window, strides, edges = check_windows(name, window_shape, stride, edges)
-
-    def sliding(*args: Any) -> Any:
-        *rest, image = check_arguments(name, args)
-        grid, image_value = lay_out(name, image, window, strides, axes, edges)
-        closed, tree = trace_window(name, fun, rest, image_value)
-        trace = Trace(grid)
-        outs = interpret(trace, closed, [image_value])
-        return jax.tree.unflatten(tree, _finish(trace, outs))
-
-    return sliding
+    traced = slide_and_trace("slide", fun, window_shape, stride=stride, axes=axes, edges=edges)
+    return lambda *args: traced(*args)[0]
 
 
-def check_windows(
-    name: str, window_shape: Any, stride: Any, edges: str
-) -> tuple[tuple[int, ...], tuple[int, ...], str]:
-    window = window_shape if isinstance(window_shape, (tuple, list)) else (window_shape,)
-    if not 1 <= len(window) <= 3:
-        raise ValueError(f"{name}: window_shape must have one to three entries, got {window_shape}")
-    strides = stride if isinstance(stride, (tuple, list)) else (stride,) * len(window)
-    if len(strides) != len(window):
-        raise ValueError(
-            f"{name}: stride must be an integer or {len(window)}, one per window axis, got {stride}"
-        )
-    for what, entries in (("window_shape", window), ("stride", strides)):
-        if any(check_count(name, what, entry) < 1 for entry in entries):
-            raise ValueError(f"{name}: {what} must be at least 1, got {entries}")
-    if edges not in ("window", "image"):
-        raise ValueError(f"{name}: edges must be 'window' or 'image', got {edges!r}")
-    return tuple(map(int, window)), tuple(map(int, strides)), edges
-
-
-def check_arguments(name: str, args: Sequence[Any]) -> Sequence[Any]:
-    if not args:
-        raise TypeError(f"{name}: expected the image as the last positional argument, got none")
-    image = args[-1]
-    if not (hasattr(image, "shape") and hasattr(image, "dtype")):
-        raise TypeError(
-            f"{name}: expected the image, the last argument, to be an array, got {describe(image)}"
-        )
-    return args
-
-
-def lay_out(
+def slide_and_trace(
     name: str,
-    image: Any,
-    window: tuple[int, ...],
-    strides: tuple[int, ...],
+    fun: Callable[..., Any],
+    window_shape: int | tuple[int, ...],
+    *,
+    stride: int | tuple[int, ...],
     axes: int | tuple[int, ...] | None,
     edges: str,
-) -> tuple[Grid, Value]:
-    """The grid of windows, and the image as the value of every window."""
-    if axes is None:
-        axes = tuple(range(len(window)))
-        if len(axes) > image.ndim:
-            raise ValueError(
-                f"{name}: a window {window} needs an image with {len(window)} axes or more, "
-                f"got shape {image.shape}"
-            )
-    places = check_axes(name, axes, image.shape)
-    if len(places) != len(window):
-        raise ValueError(f"{name}: axes must name {len(window)} window axes, got {axes}")
-    sizes = tuple(image.shape[place] for place in places)
-    if any(size < w for size, w in zip(sizes, window, strict=True)):
-        raise ValueError(
-            f"{name}: a window of {window} does not fit into the image of shape {image.shape} "
-            f"along its axes {tuple(places)}"
-        )
-    counts = tuple((n - w) // s + 1 for n, w, s in zip(sizes, window, strides, strict=True))
-    atoms = [Atom(size) for size in image.shape]
-    for axis, (place, size) in enumerate(zip(places, window, strict=True)):
-        atoms[place] = Atom(size, axis, 1)
-    return Grid(window, strides, counts, edges == "image"), make_value(jnp.asarray(image), atoms)
+) -> Callable[..., tuple[Any, Trace, Any]]:
+    """`slide`, which also returns what it did and the shape and dtype of a window."""
+    window, strides = check_windows(name, window_shape, stride, edges)
 
+    def sliding(*args: Any) -> tuple[Any, Trace, Any]:
+        image = check_image(name, args)
+        grid, places = place_windows(name, image.shape, window, strides, axes, edges)
+        trace = Trace(grid)
+        atoms = [Atom(size) for size in image.shape]
+        shape = list(image.shape)
+        for axis, (place, size) in enumerate(zip(places, window, strict=True)):
+            atoms[place], shape[place] = Atom(size, axis, 1), size
+        one = jax.ShapeDtypeStruct(shape, jnp.asarray(image).dtype)  # type: ignore[no-untyped-call]
 
-def trace_window(
-    name: str, fun: Callable[..., Any], rest: Sequence[Any], image: Value
-) -> tuple[Any, Any]:
-    """The jaxpr of the function of one window, and the tree of its results."""
-    window = jax.ShapeDtypeStruct(image.shape, image.array.dtype)  # type: ignore[no-untyped-call]
-    closed, shapes = jax.make_jaxpr(lambda window: fun(*rest, window), return_shape=True)(window)
-    if closed.effects:
-        raise ValueError(f"{name}: the function has side effects, {set(closed.effects)}")
-    return closed, jax.tree.structure(shapes)
+        def run(*args: Any) -> Any:
+            *rest, image = args
+            jaxpr, shapes = jax.make_jaxpr(lambda x: fun(*rest, x), return_shape=True)(one)
+            if jaxpr.effects:
+                raise ValueError(f"{name}: the function has side effects, {set(jaxpr.effects)}")
+            outs = interpret(trace, jaxpr, [make_value(jnp.asarray(image), atoms)])
+            return jax.tree.unflatten(jax.tree.structure(shapes), _finish(trace, outs))
+
+        explicit = jax.typeof(image).sharding.mesh.explicit_axes
+        if explicit:
+            # The numbers of positions and of pixels are seldom both divisible by that of devices.
+            run = jax.sharding.auto_axes(run, axes=explicit, out_sharding=PartitionSpec())  # type: ignore[no-untyped-call]
+        return run(*args), trace, one
+
+    return sliding
 
 
 def _finish(trace: Trace, outs: Sequence[Value | Late]) -> list[Array]:
@@ -179,7 +135,8 @@ def _run_put_off(trace: Trace, outs: Sequence[Value | Late]) -> dict[int, Array]
             needed |= {id(value) for value in inputs if isinstance(value, Late)}
     steps.reverse()
 
-    def run_window(position: Array) -> dict[int, Array]:
+    def run_window(index: Array) -> dict[int, Array]:
+        position = jnp.unravel_index(index, trace.grid.counts)
         known: dict[int, Array] = {}
 
         def read(value: Value | Late) -> Array:
@@ -195,10 +152,9 @@ def _run_put_off(trace: Trace, outs: Sequence[Value | Late]) -> dict[int, Array]
         return {key: known[key] for key in wanted}
 
     counts = trace.grid.counts
-    positions = np.indices(counts).reshape(len(counts), -1).T
     bytes_per_window = sum(
         prod(var.aval.shape) * var.aval.dtype.itemsize for eqn, _, _ in steps for var in eqn.outvars
     )
-    chunk = max(1, min(len(positions), _CHUNK_BYTES // max(bytes_per_window, 1)))
-    results = lax.map(run_window, jnp.asarray(positions), batch_size=chunk)
+    chunk = max(1, min(prod(counts), _CHUNK_BYTES // max(bytes_per_window, 1)))
+    results = lax.map(run_window, jnp.arange(prod(counts)), batch_size=chunk)
     return {key: array.reshape(*counts, *array.shape[1:]) for key, array in results.items()}

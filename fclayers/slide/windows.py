@@ -1,10 +1,15 @@
 """Rules for primitives with windows of their own: convolutions, pools, reductions of the window."""
 
-from typing import Any
+from typing import Any, Literal
 
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import Array
 
+from fclayers._convolution import convolve
+from fclayers._pooling import Pool, reduce_windows
+from fclayers._windows import Geometry
 from fclayers.slide.elementwise import bind
 from fclayers.slide.values import (
     Atom,
@@ -49,12 +54,9 @@ def conv(grid: Grid, eqn: Any, lhs: Value, rhs: Value) -> Value:
         )
     ]
     strides, padding, dilations, kept = zip(*steps, strict=True) if steps else ((), (), (), ())
+    geometry = (strides, padding, dilations)
     array, positions = over_positions(
-        lambda lhs, rhs: bind(
-            eqn, lhs, rhs, window_strides=strides, padding=padding, rhs_dilation=dilations
-        ),
-        dense(lhs),
-        dense(per_dim(rhs)[0]),
+        lambda lhs, rhs: _convolve(eqn, lhs, rhs, *geometry), dense(lhs), dense(per_dim(rhs)[0])
     )
     out_atoms = [Atom(size) for size in shape]
     if atoms[batch].axis is not None:
@@ -86,8 +88,8 @@ def reduce_window(grid: Grid, eqn: Any, *values: Value) -> list[Value]:
     ]
     strides, padding, dilations, kept = zip(*steps, strict=True)
     arrays, positions = over_positions(
-        lambda *arrays: bind(
-            eqn, *arrays, window_strides=strides, padding=padding, window_dilation=dilations
+        lambda *arrays: _reduce(
+            eqn, *arrays, strides=strides, padding=padding, dilations=dilations
         ),
         *(dense(value) for value, _ in split),
         *values[len(operands) :],
@@ -97,7 +99,41 @@ def reduce_window(grid: Grid, eqn: Any, *values: Value) -> list[Value]:
     return [make_value(array, kept, positions) for array in arrays]
 
 
-def reduction(monoid: Any, initial: Any) -> Any:
+def _convolve(eqn: Any, lhs: Array, rhs: Array, strides: Any, padding: Any, dilations: Any) -> Any:
+    """As the equation does, on CPUs in the formulation that is fastest for the shape."""
+    params = eqn.params
+    (batch, feature, *spatial), (out, in_, *kernel_axes), out_spec = params["dimension_numbers"]
+
+    def as_it_is(lhs: Array, rhs: Array) -> Any:
+        return bind(eqn, lhs, rhs, window_strides=strides, padding=padding, rhs_dilation=dilations)
+
+    def channels_last(lhs: Array, rhs: Array) -> Any:
+        kernel = rhs.transpose(*kernel_axes, in_, out)
+        geometry = Geometry(kernel.shape[:-2], strides, padding, dilations)
+        x = lhs.transpose(batch, *spatial, feature)
+        y = convolve(x, kernel, geometry, params["feature_group_count"], params["precision"])
+        return jnp.moveaxis(y, range(y.ndim), (out_spec[0], *out_spec[2:], out_spec[1]))
+
+    usual = lhs.dtype == rhs.dtype == eqn.outvars[0].aval.dtype and lhs.dtype.itemsize >= 4
+    if (
+        usual
+        and 1 <= len(spatial) <= 3
+        and params["batch_group_count"] == 1
+        and set(params["lhs_dilation"]) == {1}
+    ):
+        return lax.platform_dependent(lhs, rhs, cpu=channels_last, default=as_it_is)
+    return as_it_is(lhs, rhs)
+
+
+def _reduce(eqn: Any, *arrays: Array, strides: Any, padding: Any, dilations: Any) -> Any:
+    kind = eqn.primitive.name.removeprefix("reduce_window_")
+    if kind in ("max", "min", "sum") and set(eqn.params["base_dilation"]) == {1}:
+        window = eqn.params["window_dimensions"]
+        return reduce_windows(arrays[0], kind, Pool(window, strides, padding, dilations))
+    return bind(eqn, *arrays, window_strides=strides, padding=padding, window_dilation=dilations)
+
+
+def reduction(kind: Literal["max", "min", "sum"]) -> Any:
     """The rule for a reduction of dimensions; of window axes, it is a pool as large as the map."""
 
     def rule(grid: Grid, eqn: Any, value: Value) -> Value:
@@ -121,28 +157,24 @@ def reduction(monoid: Any, initial: Any) -> Any:
         result = Value(array, dims, positions)
         for atom, gone in zip(value.atoms, reduced, strict=True):
             if gone and atom.axis is not None:
-                result = _reduce_window_atom(grid, result, atom, monoid, initial)
+                result = _reduce_window_atom(grid, result, atom, kind)
         return result._replace(dims=tuple(d for i, d in enumerate(result.dims) if i not in axes))
 
     return rule
 
 
-def _reduce_window_atom(grid: Grid, value: Value, atom: Atom, monoid: Any, initial: Any) -> Value:
+def _reduce_window_atom(
+    grid: Grid, value: Value, atom: Atom, kind: Literal["max", "min", "sum"]
+) -> Value:
     axis = len(value.positions) + value.atoms.index(atom)
     q = step(grid, atom)
     window, strides, dilations = np.ones((3, value.array.ndim), int)
     window[axis] = atom.size
     strides[axis] = grid.stride[axis_of(atom)] // q
     dilations[axis] = atom.pitch // q
-    array = lax.reduce_window(
-        value.array,
-        initial(value.array.dtype),
-        monoid,
-        window.tolist(),
-        strides.tolist(),
-        "VALID",
-        window_dilation=dilations.tolist(),
-    )
+    padding = [(0, 0)] * value.array.ndim
+    pool = Pool(window.tolist(), strides.tolist(), padding, dilations.tolist())
+    array = reduce_windows(value.array, kind, pool)
     array = lax.slice_in_dim(array, 0, grid.counts[axis_of(atom)], axis=axis)
     return drop_atom(value, atom, array)
 

@@ -1,0 +1,34 @@
+"""Tables of text, and sizes in words."""
+
+from collections.abc import Sequence
+
+Cells = Sequence[str]
+
+
+def format_table(
+    header: Cells, rows: Sequence[Cells], *, total: Cells | None = None, numeric: int | None = None
+) -> str:
+    """Aligns cells in columns, with rules; columns from `numeric` on are set flush right."""
+    lines = [header, *rows, *([total] if total else [])]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    numeric = len(header) if numeric is None else numeric
+    printed = [
+        "  ".join(
+            cell.ljust(width) if i < numeric else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
+    rule = "-" * max(map(len, printed))
+    body, last = (printed[1:-1], [rule, printed[-1]]) if total else (printed[1:], [])
+    return "\n".join([printed[0], rule, *body, *last])
+
+
+def format_bytes(size: float) -> str:
+    if size < 1024:
+        return f"{size} B"
+    for unit in ("KiB", "MiB", "GiB"):
+        size /= 1024
+        if size < 1024:
+            return f"{size:.1f} {unit}"
+    return f"{size / 1024:.1f} TiB"
