@@ -5,7 +5,7 @@
 - fclayers: `jit(slide(f))`, `f` being the network for one window;
 - windows: `f` under `vmap` on windows cut out, jitted, in a loop, by the best of three batches;
 - torch windows: the same in PyTorch;
-- torch dilated: the network rewritten by hand for the whole image, its pools without stride and what
+- windows: `f` under `vmap` on windows cut out, jitted, in a loop, the best of three batch sizes;
   follows dilated, channels last;
 - score map by hand: `vgg16_score_map`, for VGG-16;
 - peak: the products that sharing needs, at the speed of a 2048×2048 matrix product of this run.
