@@ -1,7 +1,9 @@
 """Convolutions and pools against windows cut out in a loop, in float64."""
 
 from math import prod
+from unittest import mock
 
+import chex
 import jax
 import jax.numpy as jnp
 import jax.test_util
@@ -12,6 +14,8 @@ from hypothesis import strategies as st
 from strategies import window_cases
 
 import fclayers as fc
+from fclayers import _convolution
+from fclayers._windows import make_geometry
 
 
 @st.composite
@@ -246,3 +250,29 @@ def test_error(name):
     call, error, message = BAD[name]
     with pytest.raises(error, match=message):
         call()
+
+
+@given(window_cases())
+def test_tiles_are_the_convolution(case):
+    """Large convolutions run in tiles on CPUs; here, tiles of about a row of a small one."""
+    ndim = len(case.kernel)
+    x = jnp.asarray(case.x.reshape(-1, *case.x.shape[-ndim - 1 :]), jnp.float32)
+    params = fc.init_conv(jax.random.key(0), case.kernel, x.shape[-1], 3, bias=False)
+    geometry = make_geometry("test", x.shape, case.kernel, case.stride, case.padding, case.dilation)
+
+    def in_tiles(weight, x):
+        with mock.patch.object(_convolution, "_TILE_PATCHES", 200):
+            return _convolution._in_tiles(x, weight, geometry, None)
+
+    def plain(weight, x):
+        kwargs = {"stride": case.stride, "padding": case.padding, "dilation": case.dilation}
+        return fc.apply_conv(fc.ConvParams(weight, None), x, **kwargs)
+
+    np.testing.assert_allclose(
+        in_tiles(params.weight, x), plain(params.weight, x), rtol=1e-5, atol=1e-5
+    )
+    ours, theirs = (
+        jax.grad(lambda weight, x, f=function: (f(weight, x) ** 2).sum(), (0, 1))(params.weight, x)
+        for function in (in_tiles, plain)
+    )
+    chex.assert_trees_all_close(ours, theirs, rtol=1e-4, atol=1e-4)

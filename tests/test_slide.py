@@ -167,7 +167,15 @@ def smoothed_jvp(primals, tangents):
     return smoothed(*primals), 5 * smoothed(*tangents)
 
 
-@pytest.mark.parametrize("function", [straight_through, smoothed])
+@jax.custom_vjp
+def clipped(x):
+    return x**3
+
+
+clipped.defvjp(lambda x: (x**3, x), lambda x, g: (x * jnp.clip(g, -1, 1),))
+
+
+@pytest.mark.parametrize("function", [straight_through, smoothed, clipped])
 def test_custom_derivatives_are_kept(function):
     def f(window):
         return (function(window) ** 2).sum()
@@ -185,7 +193,7 @@ def test_custom_derivatives_are_kept(function):
 
     ours = jax.grad(partial(loss, fc.slide(f, (4, 4))))(x)
     np.testing.assert_allclose(ours, jax.grad(partial(loss, cut_out))(x), rtol=1e-5)
-    assert fc.explain_slide(f, (4, 4))(x).is_shared
+    assert fc.explain_slide(f, (4, 4))(x).is_shared == (function is not clipped)
 
 
 def test_a_random_key_is_shared_by_all_windows():

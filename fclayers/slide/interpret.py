@@ -155,8 +155,6 @@ _CALLS = {
     "checkpoint": "jaxpr",
     "closed_call": "call_jaxpr",
     "core_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
-    "custom_vjp_call_jaxpr": "fun_jaxpr",
     "jit": "jaxpr",
     "pjit": "jaxpr",
     "remat": "jaxpr",
@@ -262,4 +260,13 @@ def _stack(grid: Grid, values: Sequence[Value]) -> Value:
     return make_value(array, [Atom(len(values)), *fitted[0].atoms], positions)
 
 
-_HIGHER_ORDER = {"custom_jvp_call": _run_custom_jvp, "scan": _run_scan}
+def _run_custom_vjp(trace: Trace, eqn: Any, values: list[Value]) -> Sequence[Value | Late]:
+    """A backward pass need not be linear, and gets the sum over windows if it is shared."""
+    raise Unshared("has a backward pass of its own (jax.custom_vjp)")
+
+
+_HIGHER_ORDER = {
+    "custom_jvp_call": _run_custom_jvp,
+    "custom_vjp_call": _run_custom_vjp,
+    "scan": _run_scan,
+}
