@@ -69,12 +69,12 @@ def slide_tiles(
         >>> import tempfile
         >>> import jax.numpy as jnp
         >>> import numpy as np
-        >>> from fclayers.slide.tiles import slide_tiles
+        >>> import fclayers as fc
         >>> folder = tempfile.mkdtemp()
         >>> image = np.memmap(f"{folder}/image", np.uint8, "w+", shape=(300, 400, 3))
         >>> out = np.memmap(f"{folder}/brightest", np.uint8, "w+", shape=(293, 393))
         >>> image[100, 200] = 255
-        >>> brightest = slide_tiles(jnp.max, (8, 8), tile_shape=(100, 200), progress=False)
+        >>> brightest = fc.slide_tiles(jnp.max, (8, 8), tile_shape=(100, 200), progress=False)
         >>> brightest(image, out)
         >>> int((out == 255).sum())
         64
