@@ -9,7 +9,11 @@ from sybil.document import PythonDocStringDocument
 from sybil.parsers.myst import PythonCodeBlockParser
 from sybil.parsers.rest import DocTestParser
 
-import fclayers  # noqa: F401 (before Sybil imports its parts one by one)
+# The tests compile thousands of small programs and run each a few times: most of their time is
+# LLVM's. CI runs them with all its optimizations as well.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
+import fclayers  # noqa: E402, F401 (before Sybil imports its parts one by one)
 
 hypothesis.settings.register_profile("quick", max_examples=5, deadline=None)
 hypothesis.settings.register_profile("ci", max_examples=10, deadline=None)

@@ -141,6 +141,16 @@ def test_max_pool_gives_the_gradient_to_the_first_maximum():
     np.testing.assert_array_equal(gradient[..., 0], [[0, 1, 0], [0, 0, 0], [0, 0, 0]])
 
 
+def test_dilated_max_pools_have_gradients():
+    x = jax.random.normal(jax.random.key(0), (7, 9, 2))
+    gradient = jax.grad(lambda x: fc.max_pool(x, 2, stride=1, dilation=2).sum())(x)
+    winners, counts = np.unique(fc.max_pool(x, 2, stride=1, dilation=2), return_counts=True)
+    expected = np.zeros(x.shape)
+    for winner, count in zip(winners, counts, strict=True):
+        expected[np.asarray(x) == winner] = count
+    np.testing.assert_array_equal(gradient, expected)
+
+
 @pytest.mark.parametrize("place", [(0, 0), (1, 1), (2, 0)])
 def test_max_pool_keeps_nan(place):
     assert jnp.isnan(fc.max_pool(jnp.ones((3, 3, 1)).at[place].set(jnp.nan), (3, 3)))
