@@ -13,7 +13,7 @@ from sybil.parsers.rest import DocTestParser
 # LLVM's. CI runs them with all its optimizations as well.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
-import fclayers  # noqa: E402, F401 (before Sybil imports its parts one by one)
+import fclayers  # noqa: F401 (before Sybil imports its parts one by one)
 
 hypothesis.settings.register_profile("quick", max_examples=5, deadline=None)
 hypothesis.settings.register_profile("ci", max_examples=10, deadline=None)

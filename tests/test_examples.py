@@ -49,7 +49,7 @@ def test_fully_convolutional(tmp_path, capfd):
     picture = tmp_path / "new" / "page.png"
     main = runpy.run_path(str(EXAMPLES / "fully_convolutional.py"))["main"]
     result = main(
-        ["--epochs", "12", "--page-size", "96", "160", "--digits", "50", "--output", str(picture)]
+        ["--epochs", "15", "--page-size", "96", "160", "--digits", "50", "--output", str(picture)]
     )
     assert result.test_accuracy >= 0.93
     assert result.recall >= 0.85
@@ -58,7 +58,7 @@ def test_fully_convolutional(tmp_path, capfd):
     assert picture.read_bytes().startswith(b"\x89PNG")
     printed = capfd.readouterr()
     assert str(picture) in printed.out
-    assert re.search(r"12/12.*loss=0\.\d+", printed.err)
+    assert re.search(r"15/15.*loss=0\.\d+", printed.err)
 
 
 @pytest.mark.parametrize(
