@@ -2,6 +2,7 @@
 
 from fclayers.conv import ConvParams, apply_conv, avg_pool, init_conv, max_pool
 from fclayers.convert import conv_to_linear, linear_to_conv, mlp_to_conv
+from fclayers.forms import LinearParams, LoraParams, LowRankParams, QuantizedParams
 from fclayers.inspect import summarize
 from fclayers.interop.equinox import from_equinox, to_equinox
 from fclayers.interop.flax import from_flax, to_flax
@@ -10,24 +11,32 @@ from fclayers.interop.keras import from_keras, to_keras
 from fclayers.interop.safetensors import load_safetensors, save_safetensors
 from fclayers.interop.torch import from_torch, to_torch
 from fclayers.interop.torchvision import vgg16_from_torch
-from fclayers.linear import (
-    LinearParams,
-    apply_bilinear,
-    apply_linear,
-    init_bilinear,
-    init_linear,
-)
+from fclayers.linear import apply_bilinear, apply_linear, init_bilinear, init_linear
+from fclayers.losses import linear_argmax, linear_cross_entropy, linear_top_k
 from fclayers.mlp import apply_mlp, init_mlp
 from fclayers.models.vgg import Vgg16Params, apply_vgg16, init_vgg16, vgg16_score_map
 from fclayers.slide.report import SlideReport, explain_slide
 from fclayers.slide.tiles import slide_tiles
 from fclayers.slide.transform import slide
+from fclayers.variants import (
+    add_lora,
+    dequantize,
+    lora_mask,
+    low_rank,
+    merge_lora,
+    quantize,
+    reconstruction_error,
+)
 
 __all__ = [
     "ConvParams",
     "LinearParams",
+    "LoraParams",
+    "LowRankParams",
+    "QuantizedParams",
     "SlideReport",
     "Vgg16Params",
+    "add_lora",
     "apply_bilinear",
     "apply_conv",
     "apply_linear",
@@ -35,6 +44,7 @@ __all__ = [
     "apply_vgg16",
     "avg_pool",
     "conv_to_linear",
+    "dequantize",
     "explain_slide",
     "from_equinox",
     "from_flax",
@@ -46,10 +56,18 @@ __all__ = [
     "init_linear",
     "init_mlp",
     "init_vgg16",
+    "linear_argmax",
+    "linear_cross_entropy",
     "linear_to_conv",
+    "linear_top_k",
     "load_safetensors",
+    "lora_mask",
+    "low_rank",
     "max_pool",
+    "merge_lora",
     "mlp_to_conv",
+    "quantize",
+    "reconstruction_error",
     "save_safetensors",
     "slide",
     "slide_tiles",

@@ -16,6 +16,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array
 
 from fclayers._matrix_product import accumulation_dtype, matrix_product
+from fclayers._quantized_product import dequantized, quantized_product
 from fclayers._windows import Geometry, pad, positions, taps
 
 # Beyond this many bytes of patches, tiles beat XLA's convolution; a tile's patches take a share.
@@ -48,6 +49,26 @@ def convolve(
     return y
 
 
+def quantized_convolve(
+    x: Array, weight: Array, scale: Array, geometry: Geometry, precision: lax.PrecisionLike
+) -> Array:
+    """Convolves with an 8-bit integer kernel `(*kernel, in, out)` times `(blocks, out)` scales."""
+    matrix = weight.reshape(-1, weight.shape[-1])
+
+    def at_once(x: Array, matrix: Array, scale: Array) -> Array:
+        kernel = dequantized(matrix, scale, x.dtype).reshape(weight.shape)
+        return convolve(x, kernel, geometry, 1, precision)
+
+    def product_of_patches(x: Array, matrix: Array, scale: Array) -> Array:
+        return quantized_product(_patches(x, geometry), matrix, scale, precision)
+
+    rows = x.shape[0] * prod(positions(x.shape[1:-1], geometry))
+    if prod(geometry.kernel) == 1 or rows <= weight.shape[-1]:
+        y: Array = lax.platform_dependent(x, matrix, scale, cpu=product_of_patches, default=at_once)
+        return y
+    return at_once(x, matrix, scale)
+
+
 def _plain(
     x: Array, weight: Array, geometry: Geometry, groups: int, precision: lax.PrecisionLike
 ) -> Array:
@@ -67,13 +88,17 @@ def _plain(
 def _product_of_patches(
     x: Array, weight: Array, geometry: Geometry, precision: lax.PrecisionLike
 ) -> Array:
+    matrix = weight.reshape(prod(weight.shape[:-1]), weight.shape[-1])
+    return matrix_product(_patches(x, geometry), matrix, precision)
+
+
+def _patches(x: Array, geometry: Geometry) -> Array:
+    """What the kernel sees at every position, `(N, *positions, kernel * in)`."""
     x = pad(x, geometry.padding, 0)
     ndim = len(geometry.kernel)
     for i in range(ndim):
         x = jnp.stack(taps(x, i, geometry), axis=1 + ndim + i)
-    fan_in, fan_out = prod(weight.shape[:-1]), weight.shape[-1]
-    rows = x.reshape(*x.shape[: ndim + 1], fan_in)
-    return matrix_product(rows, weight.reshape(fan_in, fan_out), precision)
+    return x.reshape(*x.shape[: ndim + 1], prod(geometry.kernel) * x.shape[-1])
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2, 3))

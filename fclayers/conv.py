@@ -19,12 +19,13 @@ from fclayers._checks import (
     check_key,
     describe,
 )
-from fclayers._convolution import convolve
+from fclayers._convolution import convolve, quantized_convolve
 from fclayers._initial import draw, symmetric_uniform
 from fclayers._jit import jit
-from fclayers._matrix_product import accumulation_dtype, add_bias
+from fclayers._matrix_product import accumulation_dtype, add_bias, matrix_product
 from fclayers._pooling import Pool, reduce_windows
 from fclayers._windows import Geometry, Padding, make_geometry, per_axis, positions
+from fclayers.forms import LoraParams, LowRankParams, QuantizedParams, bias_of, check_layer
 
 
 class ConvParams(NamedTuple):
@@ -37,6 +38,9 @@ class ConvParams(NamedTuple):
 
     weight: Inexact[Array, "*kernel in out"]
     bias: Inexact[Array, "out"] | None
+
+
+ConvLayer = ConvParams | LowRankParams | LoraParams | QuantizedParams
 
 
 def init_conv(
@@ -110,7 +114,7 @@ def init_conv(
 
 @jit("stride", "padding", "dilation", "groups", "dtype", "precision")
 def apply_conv(
-    params: ConvParams,
+    params: ConvLayer,
     x: Num[Array, "*batch_and_spatial in"],
     *,
     stride: int | tuple[int, ...] = 1,
@@ -123,7 +127,8 @@ def apply_conv(
     """Applies a convolution; the weight says over how many spatial axes.
 
     Args:
-        params: The layer, with a weight of shape `(*kernel, in // groups, out)`.
+        params: The layer, with a weight of shape `(*kernel, in // groups, out)`, or another form of
+            it that `linear_to_conv` made.
         x: Input of shape `(*batch, *spatial, in)`, any number of batch axes.
         stride: Step of the kernel, an integer or one per spatial axis.
         padding: `"VALID"` (none), `"SAME"` (`ceil(size / stride)` outputs), an integer for every
@@ -137,7 +142,7 @@ def apply_conv(
         Array of shape `(*batch, *positions, out)` and the compute dtype.
 
     Raises:
-        TypeError: `params` is not a `ConvParams`, or `x` not an array.
+        TypeError: `params` is no convolution, or `x` not an array.
         ValueError: The channels do not belong together, the kernel is larger than the padded map,
             or an argument does not fit the spatial axes.
 
@@ -150,27 +155,21 @@ def apply_conv(
         (8, 224, 224, 64)
     """
     name = "apply_conv"
-    _check_params(name, params)
+    kernel_shape = _check_params(name, params)
     check_array(name, "x", x)
-    weight, bias = params
-    *kernel, in_per_group, out_channels = weight.shape
+    *kernel, in_per_group, out_channels = kernel_shape
     geometry = make_geometry(name, x.shape, tuple(kernel), stride, padding, dilation)
     if groups < 1 or x.shape[-1] != in_per_group * groups or out_channels % groups:
         raise ValueError(
-            f"{name}: with groups={groups} the weight of shape {weight.shape} takes "
+            f"{name}: with groups={groups} the weight of shape {kernel_shape} takes "
             f"{in_per_group * groups} channels, got x of shape {x.shape}"
         )
     if dtype is None:
-        dtype = jnp.result_type(x, *jax.tree.leaves(params))
+        dtype = jnp.result_type(x, *(a for a in jax.tree.leaves(params) if a.dtype != jnp.int8))
     batch_shape = x.shape[: x.ndim - len(kernel) - 1]
-    y = convolve(
-        x.reshape(prod(batch_shape), *x.shape[len(batch_shape) :]).astype(dtype),
-        weight.astype(dtype),
-        geometry,
-        groups,
-        precision,
-    )
-    return add_bias(y.reshape(*batch_shape, *y.shape[1:]), bias, dtype)
+    x = x.reshape(prod(batch_shape), *x.shape[len(batch_shape) :]).astype(dtype)
+    y = _products(params, x, geometry, groups, precision)
+    return add_bias(y.reshape(*batch_shape, *y.shape[1:]), bias_of(params), dtype)
 
 
 @jit("window", "stride", "padding", "dilation")
@@ -301,20 +300,52 @@ def _counts(spatial: tuple[int, ...], geometry: Geometry) -> np.ndarray:
     return counts[..., None]
 
 
-def _check_params(function: str, params: Any) -> None:
-    if not isinstance(params, ConvParams):
-        raise TypeError(f"{function}: expected params to be ConvParams, got {describe(params)}")
-    weight, bias = params
-    check_array(function, "params.weight", weight)
-    if not 3 <= weight.ndim <= 5:
+def _products(
+    params: ConvLayer, x: Array, geometry: Geometry, groups: int, precision: lax.PrecisionLike
+) -> Array:
+    """The convolution without its bias, for half precision in float32."""
+
+    def narrow(down: Array) -> Array:
+        return convolve(x, down.astype(x.dtype), geometry, groups, precision).astype(x.dtype)
+
+    match params:
+        case ConvParams(weight, _):
+            return convolve(x, weight.astype(x.dtype), geometry, groups, precision)
+        case LowRankParams(down, up, _):
+            return matrix_product(narrow(down), up.astype(x.dtype), precision)
+        case LoraParams(base, down, up, scale):
+            adapter = scale.astype(x.dtype) * narrow(down)
+            y = _products(base, x, geometry, groups, precision)
+            return y + matrix_product(adapter, up.astype(x.dtype), precision)
+        case QuantizedParams(weight, scale, _):
+            return quantized_convolve(x, weight, scale, geometry, precision)
+
+
+def _check_params(function: str, params: Any) -> tuple[int, ...]:
+    """Returns the shape of the kernel, `(*kernel, in // groups, out)`."""
+    match params:
+        case ConvParams(weight, bias):
+            check_array(function, "params.weight", weight)
+            shape = weight.shape
+        case LoraParams(base, _, _, _):
+            return _check_params(function, base)
+        case LowRankParams(_, _, bias) | QuantizedParams(_, _, bias):
+            shape = sum(check_layer(function, params), ())
+        case _:
+            raise TypeError(
+                f"{function}: expected params to be ConvParams, or what linear_to_conv made of "
+                f"another form, got {describe(params)}"
+            )
+    if not 3 <= len(shape) <= 5:
         raise ValueError(
             f"{function}: expected a weight (*kernel, in, out) with one to three spatial axes, "
-            f"got shape {weight.shape}"
+            f"got shape {shape}"
         )
     if bias is not None:
         check_array(function, "params.bias", bias)
-        if bias.shape != weight.shape[-1:]:
+        if bias.shape != shape[-1:]:
             raise ValueError(
                 f"{function}: the bias must have the weight's output channels, got a weight of "
-                f"shape {weight.shape} and a bias of shape {bias.shape}"
+                f"shape {shape} and a bias of shape {bias.shape}"
             )
+    return shape

@@ -10,16 +10,24 @@ from jaxtyping import Array
 
 from fclayers._checks import check_features, describe
 from fclayers._windows import Geometry, Padding, make_geometry, positions
-from fclayers.conv import ConvParams
-from fclayers.linear import LinearParams
+from fclayers.conv import ConvLayer, ConvParams
+from fclayers.forms import (
+    Layer,
+    LinearParams,
+    LoraParams,
+    LowRankParams,
+    QuantizedParams,
+    check_layer,
+    is_form,
+)
 
 
 def linear_to_conv(
-    params: LinearParams,
+    params: Layer,
     kernel_shape: int | tuple[int, ...] | None = None,
     *,
     order: str = "HWC",
-) -> ConvParams:
+) -> ConvLayer:
     """Turns a fully connected layer into the convolution that gives the same outputs.
 
     A layer that follows a feature map becomes a convolution whose kernel is as large as the map; a
@@ -27,8 +35,8 @@ def linear_to_conv(
     gives the layer's outputs for every window.
 
     Args:
-        params: The layer. Its weight is `(in, out)`, or still has the map's axes in `order`:
-            `(height, width, channels, out)` for `"HWC"`.
+        params: The layer, in any form. Its weight is `(in, out)`, or still has the map's axes in
+            `order`: `(height, width, channels, out)` for `"HWC"`.
         kernel_shape: Height and width of the map that the layer sees, as (depth, height, width) in
             three axes and (width,) in one, whatever the order. Not needed by a weight that has the
             map's axes; a matrix without it becomes a 1×1 kernel.
@@ -37,11 +45,15 @@ def linear_to_conv(
             and MATLAB have.
 
     Returns:
-        `ConvParams` with a weight `(*kernel_shape, channels, out)` that holds the same numbers.
+        `ConvParams` with a weight `(*kernel_shape, channels, out)` that holds the same numbers. Of
+        another form, the same form, for `apply_conv` too: `LowRankParams` with a kernel of `rank`
+        outputs in `down`, `LoraParams` with a convolution as its base, `QuantizedParams` with an
+        int8 kernel.
 
     Raises:
-        TypeError: `params` is not a `LinearParams`.
-        ValueError: `order` is no such permutation, or the kernel does not divide the weight.
+        TypeError: `params` is no form of the layer.
+        ValueError: `order` is no such permutation, the kernel does not divide the weight, or the
+            inputs, quantized in blocks, would change their order.
 
     Example:
         >>> import jax
@@ -61,55 +73,48 @@ def linear_to_conv(
         raise ValueError(
             f"{name}: order must be a permutation of 'WC', 'HWC' or 'DHWC', got {order!r}"
         )
-    if not isinstance(params, LinearParams):
-        raise TypeError(f"{name}: expected params to be LinearParams, got {describe(params)}")
-    weight, bias = params
-    spatial_ndim = len(order) - 1
-    if weight.ndim == 2:
-        kernel = (1,) * spatial_ndim
-        if kernel_shape is not None:
-            kernel = check_features(name, "kernel_shape", kernel_shape)
-        if len(kernel) != spatial_ndim or not prod(kernel) or weight.shape[0] % prod(kernel):
-            raise ValueError(
-                f"{name}: a kernel of shape {kernel} in order {order!r} does not divide the "
-                f"{weight.shape[0]} inputs of the weight of shape {weight.shape}"
-            )
-        sizes = dict(zip(letters, (*kernel, weight.shape[0] // prod(kernel)), strict=True))
-        weight = weight.reshape(*(sizes[letter] for letter in order), weight.shape[1])
-    elif weight.ndim != spatial_ndim + 2:
-        raise ValueError(
-            f"{name}: expected a weight (in, out), or with one axis for each of {order!r} and one "
-            f"for the outputs, got shape {weight.shape}"
-        )
-    weight = weight.transpose(*(order.index(letter) for letter in letters), -1)
-    if kernel_shape is not None and weight.shape[:-2] != check_features(
-        name, "kernel_shape", kernel_shape
-    ):
-        raise ValueError(
-            f"{name}: kernel_shape is {kernel_shape}, but the weight of shape "
-            f"{params.weight.shape} in order {order!r} has a kernel of shape {weight.shape[:-2]}"
-        )
-    return ConvParams(weight, bias)
+    _, out_shape = check_layer(name, params)
+    if len(out_shape) != 1:
+        raise ValueError(f"{name}: expected one output axis, got a layer to {out_shape}")
+
+    def kernel(weight: Array) -> Array:
+        return _kernel(name, weight, kernel_shape, order, letters)
+
+    match params:
+        case LinearParams(weight, bias):
+            return ConvParams(kernel(weight), bias)
+        case LowRankParams(down, up, bias):
+            return LowRankParams(kernel(down), up, bias)
+        case LoraParams(base, down, up, scale):
+            conv = linear_to_conv(base, kernel_shape, order=order)
+            return LoraParams(conv, kernel(down), up, scale)
+        case QuantizedParams(weight, scale, bias):
+            if len(scale) > 1 and order != letters:
+                raise ValueError(
+                    f"{name}: order {order!r} would tear apart the {len(scale)} blocks of inputs "
+                    f"that the layer is quantized in; convert it first, or use {letters!r}"
+                )
+            return QuantizedParams(kernel(weight), scale, bias)
 
 
 def mlp_to_conv(
-    params: Sequence[LinearParams],
+    params: Sequence[Layer],
     kernel_shape: int | tuple[int, ...] | None = None,
     *,
     order: str = "HWC",
-) -> tuple[ConvParams, ...]:
+) -> tuple[ConvLayer, ...]:
     """Turns a head of fully connected layers into convolutions: the first large, the rest 1×1.
 
     Args:
-        params: The layers, such as `(fc6, fc7, fc8)`.
+        params: The layers, such as `(fc6, fc7, fc8)`, each in any form.
         kernel_shape: The first layer's, as in `linear_to_conv`.
         order: The first layer's, as in `linear_to_conv`.
 
     Returns:
-        A tuple of `ConvParams`, one per layer.
+        A tuple of convolutions, one per layer, as `linear_to_conv` gives them.
 
     Raises:
-        TypeError: An entry is not a `LinearParams`.
+        TypeError: An entry is no form of the layer.
         ValueError: As `linear_to_conv`, or there is no layer.
 
     Example:
@@ -119,8 +124,8 @@ def mlp_to_conv(
         >>> [layer.weight.shape for layer in fc.mlp_to_conv(head, (7, 7))]
         [(7, 7, 8, 32), (1, 1, 32, 10)]
     """
-    if isinstance(params, LinearParams) or not params:
-        raise ValueError("mlp_to_conv: expected a sequence of at least one LinearParams")
+    if is_form(params) or not params:
+        raise ValueError("mlp_to_conv: expected a sequence of at least one layer")
     first, *rest = params
     one_by_one = "DHWC"[-len(order) :]
     return (
@@ -190,6 +195,43 @@ def conv_to_linear(
     if bias is not None:
         bias = jnp.broadcast_to(bias, (*outputs, out_channels))
     return LinearParams(dense, bias)
+
+
+def _kernel(
+    function: str,
+    weight: Array,
+    kernel_shape: int | tuple[int, ...] | None,
+    order: str,
+    letters: str,
+) -> Array:
+    """A weight `(in, out)`, or with the map's axes in `order`, as `(*kernel, channels, out)`."""
+    given = weight.shape
+    spatial_ndim = len(order) - 1
+    if weight.ndim == 2:
+        kernel = (1,) * spatial_ndim
+        if kernel_shape is not None:
+            kernel = check_features(function, "kernel_shape", kernel_shape)
+        if len(kernel) != spatial_ndim or not prod(kernel) or weight.shape[0] % prod(kernel):
+            raise ValueError(
+                f"{function}: a kernel of shape {kernel} in order {order!r} does not divide the "
+                f"{weight.shape[0]} inputs of the weight of shape {weight.shape}"
+            )
+        sizes = dict(zip(letters, (*kernel, weight.shape[0] // prod(kernel)), strict=True))
+        weight = weight.reshape(*(sizes[letter] for letter in order), weight.shape[1])
+    elif weight.ndim != spatial_ndim + 2:
+        raise ValueError(
+            f"{function}: expected a weight (in, out), or with one axis for each of {order!r} and "
+            f"one for the outputs, got shape {weight.shape}"
+        )
+    weight = weight.transpose(*(order.index(letter) for letter in letters), -1)
+    if kernel_shape is not None and weight.shape[:-2] != check_features(
+        function, "kernel_shape", kernel_shape
+    ):
+        raise ValueError(
+            f"{function}: kernel_shape is {kernel_shape}, but the weight of shape {given} in order "
+            f"{order!r} has a kernel of shape {weight.shape[:-2]}"
+        )
+    return weight
 
 
 def _connections(spatial: tuple[int, ...], geometry: Geometry) -> Any:

@@ -1,19 +1,18 @@
 """The fully connected layer, `y = x W + b`, and its bilinear form."""
 
 from collections.abc import Sequence
+from functools import reduce
 from math import prod
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
-from jaxtyping import Array, Inexact, Key, Num
+from jaxtyping import Array, Key, Num
 
 from fclayers._checks import (
     check_array,
-    check_axes,
     check_count,
     check_dtype,
     check_features,
@@ -22,19 +21,16 @@ from fclayers._checks import (
 )
 from fclayers._initial import draw, symmetric_uniform
 from fclayers._jit import jit
-from fclayers._matrix_product import accumulation_dtype, add_bias, matrix_product
-
-
-class LinearParams(NamedTuple):
-    """The parameters of a fully connected layer.
-
-    Attributes:
-        weight: Array of shape `(*in_features, *out_features)`.
-        bias: Array of shape `(*out_features)`, or `None`.
-    """
-
-    weight: Inexact[Array, "*in_and_out"]
-    bias: Inexact[Array, "*out"] | None
+from fclayers._matrix_product import accumulation_dtype, add_bias
+from fclayers.forms import (
+    Layer,
+    LinearParams,
+    bias_of,
+    check_layer,
+    product,
+    rows_of_features,
+    terms,
+)
 
 
 def init_linear(
@@ -97,7 +93,7 @@ def init_linear(
 
 @jit("axis", "dtype", "precision")
 def apply_linear(
-    params: LinearParams,
+    params: Layer,
     x: Num[Array, "*batch_and_in"],
     *,
     axis: int | tuple[int, ...] = -1,
@@ -107,10 +103,11 @@ def apply_linear(
     """Applies a fully connected layer, `y = x W + b`, to any number of batch axes at once.
 
     Args:
-        params: The layer, with a weight of shape `(*in, *out)`.
+        params: The layer, from `in` to `out` features: `LinearParams` with a weight of shape
+            `(*in, *out)`, or another form of it.
         x: Input. Integers are promoted as JAX does (int32 with float32 gives float32).
-        axis: The axis of `x` that holds the features, or one axis per leading axis of the
-            weight, in the weight's order.
+        axis: The axis of `x` that holds the features, or one axis per input axis of the layer, in
+            the layer's order.
         dtype: Compute dtype, to which parameters and input are cast. Default: JAX's type
             promotion of the three decides.
         precision: As in `jax.lax.dot_general`.
@@ -120,9 +117,9 @@ def apply_linear(
         output features come last. Products of half precision accumulate in float32.
 
     Raises:
-        TypeError: `params` is not a `LinearParams`, or `x` not an array.
-        ValueError: The features of `x` along `axis` are not the weight's, `axis` is out of range
-            or names an axis twice, or weight and bias do not belong together.
+        TypeError: `params` is no form of the layer, or `x` not an array.
+        ValueError: The features of `x` along `axis` are not the layer's, `axis` is out of range
+            or names an axis twice, or the arrays of the layer do not belong together.
 
     Example:
         >>> import jax
@@ -133,31 +130,10 @@ def apply_linear(
         (32, 10)
     """
     name = "apply_linear"
-    _check_params(name, params)
-    check_array(name, "x", x)
-    axes = check_axes(name, axis, x.shape)
-    features = tuple(x.shape[a] for a in axes)
-    in_ndim = len(axes) if params.bias is None else params.weight.ndim - params.bias.ndim
-    in_shape, out_shape = params.weight.shape[:in_ndim], params.weight.shape[in_ndim:]
-    if features != in_shape:
-        raise ValueError(
-            f"{name}: x of shape {x.shape} has features {features} along axis={axis}, "
-            f"but the weight of shape {params.weight.shape} takes {in_shape}"
-        )
-    if dtype is not None:
-        check_dtype(name, dtype)
-    else:
-        dtype = jnp.result_type(x, *jax.tree.leaves(params))
-    kept = [a for a in range(x.ndim) if a not in axes]
-    batch_shape = tuple(x.shape[a] for a in kept)
-    # A dot over several axes makes XLA copy the weight, transposed, in the backward pass; as a
-    # matrix it is read in place, and reshaping it moves nothing.
-    y = matrix_product(
-        x.astype(dtype).transpose(*kept, *axes).reshape(*batch_shape, prod(in_shape)),
-        params.weight.astype(dtype).reshape(prod(in_shape), prod(out_shape)),
-        precision,
-    )
-    return add_bias(y.reshape(*batch_shape, *out_shape), params.bias, dtype)
+    rows, shapes, dtype = rows_of_features(name, params, x, axis, dtype)
+    products = [product(term, precision) for term in terms(params, rows, shapes, dtype, precision)]
+    y = reduce(jnp.add, products)
+    return add_bias(y.reshape(*rows.shape[:-1], *shapes[1]), bias_of(params), dtype)
 
 
 def init_bilinear(
@@ -251,7 +227,9 @@ def apply_bilinear(
         (8, 40)
     """
     name = "apply_bilinear"
-    _check_params(name, params)
+    if not isinstance(params, LinearParams):
+        raise TypeError(f"{name}: expected params to be LinearParams, got {describe(params)}")
+    check_layer(name, params)
     check_array(name, "x1", x1)
     check_array(name, "x2", x2)
     in_shape = x1.shape[-1:] + x2.shape[-1:]
@@ -296,18 +274,3 @@ def _init(
     return LinearParams(
         weight.reshape(in_shape + out_shape), None if bias is None else bias.reshape(out_shape)
     )
-
-
-def _check_params(function: str, params: Any) -> None:
-    if not isinstance(params, LinearParams):
-        raise TypeError(f"{function}: expected params to be LinearParams, got {describe(params)}")
-    check_array(function, "params.weight", params.weight)
-    if params.bias is None:
-        return
-    check_array(function, "params.bias", params.bias)
-    in_ndim = max(params.weight.ndim - params.bias.ndim, 0)
-    if params.weight.shape[in_ndim:] != params.bias.shape:
-        raise ValueError(
-            f"{function}: the bias must have the last axes of the weight, got a weight of shape "
-            f"{params.weight.shape} and a bias of shape {params.bias.shape}"
-        )

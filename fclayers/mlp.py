@@ -11,7 +11,8 @@ from jaxtyping import Array, Key, Num
 
 from fclayers._checks import check_count, check_key, describe
 from fclayers._jit import jit
-from fclayers.linear import LinearParams, apply_linear, init_linear
+from fclayers.forms import Layer, LinearParams, is_form
+from fclayers.linear import apply_linear, init_linear
 
 Activation = Callable[[Array], Array]
 
@@ -74,7 +75,7 @@ def init_mlp(
 
 @jit("activation", "final_activation", "dropout_rate", "dtype", "precision")
 def apply_mlp(
-    params: Sequence[LinearParams],
+    params: Sequence[Layer],
     x: Num[Array, "*batch in"],
     *,
     activation: Activation = jax.nn.relu,
@@ -87,7 +88,7 @@ def apply_mlp(
     """Applies a multilayer perceptron.
 
     Args:
-        params: The layers, from `init_mlp`.
+        params: The layers, from `init_mlp`, each in any form.
         x: Input, features on the last axis, any number of batch axes.
         activation: Applied after every layer but the last. A function made anew for every call
             (a `lambda` in a loop) is traced anew every time.
@@ -102,7 +103,7 @@ def apply_mlp(
         Array of shape `(*batch, out)`, without `final_activation` the logits.
 
     Raises:
-        TypeError: `params` is not a sequence of `LinearParams`, or `key` is not a random key.
+        TypeError: `params` is not a sequence of layers, or `key` is not a random key.
         ValueError: The features of `x` are not the first layer's, `dropout_rate` is outside
             [0, 1), or dropout is asked for without a key.
 
@@ -121,9 +122,10 @@ def apply_mlp(
     `Srivastava et al. 2014 <https://jmlr.org/papers/v15/srivastava14a.html>`_.
     """
     name = "apply_mlp"
-    if not isinstance(params, (tuple, list)) or isinstance(params, LinearParams):
+    if not isinstance(params, (tuple, list)) or is_form(params):
         raise TypeError(
-            f"{name}: expected params to be a sequence of LinearParams, got {describe(params)}"
+            f"{name}: expected params to be a sequence of layers such as LinearParams, "
+            f"got {describe(params)}"
         )
     if not params:
         raise ValueError(f"{name}: expected at least one layer, got none")

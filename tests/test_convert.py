@@ -146,12 +146,12 @@ BAD = {
     "a convolution": (
         lambda: fc.linear_to_conv(fc.init_conv(KEY, (3, 3), 2, 2)),
         TypeError,
-        "linear_to_conv: expected params to be LinearParams, got ConvParams",
+        "linear_to_conv: expected params to be LinearParams, .* got ConvParams",
     ),
     "one layer for a head": (
         lambda: fc.mlp_to_conv(FC),
         ValueError,
-        "mlp_to_conv: expected a sequence of at least one LinearParams",
+        "mlp_to_conv: expected a sequence of at least one layer",
     ),
     "map smaller than the kernel": (
         lambda: fc.conv_to_linear(fc.init_conv(KEY, (3, 3), 2, 2), (2, 8, 2)),

@@ -9,8 +9,9 @@ import numpy as np
 from jaxtyping import Array
 
 from fclayers._checks import describe
+from fclayers._tree import tree_key
 from fclayers.conv import ConvParams
-from fclayers.linear import LinearParams
+from fclayers.forms import LinearParams, dense, is_form
 
 Layer = LinearParams | ConvParams
 Path = tuple[Any, ...]
@@ -41,10 +42,11 @@ def write_layers(function: str, params: Any, layout: Layout) -> dict[Path, np.nd
     for path, layer in jax.tree.leaves_with_path(params, is_leaf=is_layer):
         if not is_layer(layer):
             raise TypeError(
-                f"{function}: expected a tree of LinearParams and ConvParams, "
+                f"{function}: expected a tree of layers such as LinearParams and ConvParams, "
                 f"got {describe(layer)} at {jax.tree_util.keystr(path) or 'its root'}"
             )
-        weight, bias = layout.write(jax.tree.map(np.asarray, layer))
+        plain = dense(layer) if is_form(layer) else layer
+        weight, bias = layout.write(jax.tree.map(np.asarray, plain))
         keys = tuple(map(tree_key, path))
         arrays[*keys, layout.weight] = np.array(weight, order="C")
         if bias is not None:
@@ -92,7 +94,7 @@ def raise_problems(function: str, problems: Sequence[str]) -> None:
 
 
 def is_layer(node: Any) -> bool:
-    return isinstance(node, (LinearParams, ConvParams))
+    return is_form(node) or isinstance(node, ConvParams)
 
 
 def read_in_out(weight: Array, bias: Array | None) -> Layer:
@@ -165,16 +167,6 @@ def _as_numpy(value: Any, name: str, problems: list[str]) -> Any:
         problems.append(f"{name} is {describe(value)}, expected an array")
         return None
     return np.asarray(value)
-
-
-def tree_key(entry: Any) -> Any:
-    """The key, index or name that one step of a path in a pytree holds."""
-    match entry:
-        case jax.tree_util.SequenceKey(key) | jax.tree_util.DictKey(key):
-            return key
-        case jax.tree_util.GetAttrKey(name):
-            return name
-    return str(entry)
 
 
 def _form(array: Any, dtypes: bool) -> str:

@@ -5,17 +5,17 @@ from typing import Any
 import jax
 from jaxtyping import Array
 
+from fclayers._tree import tree_key
+from fclayers.forms import LinearParams
 from fclayers.interop._layers import (
     Layer,
     Layout,
     nest,
     read_layers,
     read_out_in,
-    tree_key,
     write_layers,
     write_out_in,
 )
-from fclayers.linear import LinearParams
 
 
 def from_equinox(module: Any) -> Any:

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fclayers.interop._layers import check_entries, tree_key
+from fclayers._tree import path_name
+from fclayers.interop._layers import check_entries
 
 
 def save_safetensors(path: str | os.PathLike[str], params: Any) -> None:
@@ -108,7 +109,7 @@ _DTYPES = {
 def _named(function: str, params: Any) -> dict[str, Any]:
     named: dict[str, Any] = {}
     for path, leaf in jax.tree.leaves_with_path(params):
-        entry = ".".join(str(tree_key(step)) for step in path)
+        entry = path_name(path)
         if isinstance(leaf, (bool, int, float, complex)):
             leaf = np.asarray(leaf, jax.dtypes.result_type(leaf))
         if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array
 
 from fclayers._checks import check_features, describe
+from fclayers.forms import LinearParams
 from fclayers.interop._layers import (
     Layer,
     Layout,
@@ -20,7 +21,6 @@ from fclayers.interop._layers import (
     write_layers,
     write_out_in,
 )
-from fclayers.linear import LinearParams
 
 
 def from_torch(

@@ -12,7 +12,7 @@ from fclayers._checks import check_array, check_count, check_key, describe
 from fclayers._jit import jit
 from fclayers.conv import ConvParams, apply_conv, init_conv, max_pool
 from fclayers.convert import mlp_to_conv
-from fclayers.linear import LinearParams
+from fclayers.forms import LinearParams
 from fclayers.mlp import apply_mlp, init_mlp
 
 

@@ -1,0 +1,88 @@
+"""The product of rows and an 8-bit integer matrix.
+
+XLA's CPU backend writes out the whole matrix in floating point, slowly, before it multiplies. A few
+rows of it at a time stay in the caches: what is read from memory is a quarter of a float32 matrix.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int8, Num
+
+from fclayers._matrix_product import accumulation_dtype, matrix_product
+
+
+def quantized_product(
+    x: Num[Array, "*batch in"],
+    weight: Int8[Array, "in out"],
+    scale: Float[Array, "blocks out"],
+    precision: lax.PrecisionLike = None,
+) -> Num[Array, "*batch out"]:
+    """Returns `x @ (weight * scale)`, for half precision in float32."""
+    if not jax.typeof(weight).sharding.mesh.empty:
+        return _at_once(x, weight, scale, precision)
+    y: Array = lax.platform_dependent(
+        x,
+        weight,
+        scale,
+        cpu=partial(_in_tiles, precision=precision),
+        default=partial(_at_once, precision=precision),
+    )
+    return y
+
+
+def dequantized(
+    weight: Int8[Array, "in out"], scale: Float[Array, "blocks out"], dtype: DTypeLike
+) -> Num[Array, "in out"]:
+    """Returns `weight * scale`, rounded to `dtype` once."""
+    inputs, outputs = weight.shape
+    wide = accumulation_dtype(dtype) or dtype
+    blocks = weight.reshape(len(scale), inputs // len(scale), outputs).astype(wide)
+    return (blocks * scale.astype(wide)[:, None]).reshape(inputs, outputs).astype(dtype)
+
+
+def _at_once(x: Array, weight: Array, scale: Array, precision: lax.PrecisionLike) -> Array:
+    if len(scale) > 1:
+        return matrix_product(x, dequantized(weight, scale, x.dtype), precision)
+    y = matrix_product(x, weight.astype(x.dtype), precision)
+    return y * scale[0].astype(y.dtype)
+
+
+def _in_tiles(x: Array, weight: Array, scale: Array, precision: lax.PrecisionLike) -> Array:
+    rows = x.reshape(-1, x.shape[-1])
+    y = _sum_of_tiles(rows, weight, scale, precision)
+    return y.reshape(*x.shape[:-1], weight.shape[1])
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _sum_of_tiles(x: Array, weight: Array, scale: Array, precision: lax.PrecisionLike) -> Array:
+    inputs, outputs = weight.shape
+    block_size = inputs // len(scale)
+    # The more rows of x, the more often a tile is read once it is in floating point.
+    tile_size = min(max(64, 8 * len(x)), 512)
+    if len(scale) > 1:
+        tile_size = -(-tile_size // block_size) * block_size
+    tile_size = min(tile_size, inputs)
+    num_tiles, rest = divmod(inputs, tile_size) if inputs else (0, 0)
+
+    def tile_product(start: Any, size: int) -> Array:
+        tile = lax.dynamic_slice_in_dim(weight, start, size)
+        scales = scale
+        if len(scale) > 1:
+            scales = lax.dynamic_slice_in_dim(scale, start // block_size, size // block_size)
+        return _at_once(lax.dynamic_slice_in_dim(x, start, size, 1), tile, scales, precision)
+
+    y: Array = jnp.zeros((len(x), outputs), accumulation_dtype(x.dtype) or x.dtype)
+    if num_tiles:
+        y = lax.fori_loop(0, num_tiles, lambda i, y: y + tile_product(i * tile_size, tile_size), y)
+    return y + tile_product(inputs - rest, rest) if rest else y
+
+
+@_sum_of_tiles.defjvp
+def _sum_of_tiles_jvp(precision: lax.PrecisionLike, primals: Any, tangents: Any) -> Any:
+    at_once = partial(_at_once, precision=precision)
+    return _sum_of_tiles(*primals, precision), jax.jvp(at_once, primals, tangents)[1]
