@@ -1,5 +1,6 @@
 """The fully connected layer, complete: pure JAX functions over parameter pytrees."""
 
+from fclayers.compression import CompressionRow, CompressionTable, compression_table
 from fclayers.conv import ConvParams, apply_conv, avg_pool, init_conv, max_pool
 from fclayers.convert import conv_to_linear, linear_to_conv, mlp_to_conv
 from fclayers.forms import LinearParams, LoraParams, LowRankParams, QuantizedParams
@@ -29,6 +30,8 @@ from fclayers.variants import (
 )
 
 __all__ = [
+    "CompressionRow",
+    "CompressionTable",
     "ConvParams",
     "LinearParams",
     "LoraParams",
@@ -43,6 +46,7 @@ __all__ = [
     "apply_mlp",
     "apply_vgg16",
     "avg_pool",
+    "compression_table",
     "conv_to_linear",
     "dequantize",
     "explain_slide",
