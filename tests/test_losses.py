@@ -1,6 +1,7 @@
 """linear_cross_entropy, linear_argmax and linear_top_k against the plain logits."""
 
 from functools import partial
+from pathlib import Path
 
 import chex
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cross_entropy_cases import CASES, fclayers_losses
 from forms import FORMS
 from hypothesis import given
 from hypothesis import strategies as st
@@ -249,6 +251,16 @@ def test_every_form_predicts_what_it_trains(form):
     logits = fc.apply_linear(params, X)
     expected = optax.softmax_cross_entropy_with_integer_labels(logits, LABELS)
     np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-5)
+
+
+GOLDEN = np.load(Path(__file__).parent / "golden" / "cross_entropy.npz")
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_cross_entropy_is_torchs(case):
+    for name, array in fclayers_losses(case).items():
+        expected = GOLDEN[f"{case.name}/{name}"]
+        np.testing.assert_allclose(array, expected, rtol=1e-12, atol=1e-12 * case.scale)
 
 
 LOSS = partial(fc.linear_cross_entropy, LAYER, X, LABELS)

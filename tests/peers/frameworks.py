@@ -86,3 +86,20 @@ def _results(apply, case: Case) -> Arrays:
     y, pullback = jax.vjp(apply, arrays)
     (gradients,) = pullback(cotangent)
     return {"y": np.asarray(y)} | {f"d_{name}": np.asarray(g) for name, g in gradients.items()}
+
+
+def torch_losses(case):
+    """PyTorch's `cross_entropy` on all the logits, as `fclayers_losses` gives it."""
+    arrays = case.arrays()
+    labels = torch.tensor(arrays.pop("labels"))
+    weight, bias, x = (torch.tensor(array, requires_grad=True) for array in arrays.values())
+    loss = torch.nn.functional.cross_entropy(
+        torch.nn.functional.linear(x, weight, bias),
+        labels,
+        label_smoothing=case.smoothing,
+        reduction=case.reduction,
+    )
+    loss.sum().backward()
+    results = {"loss": loss, "weight's gradient": weight.grad, "bias's gradient": bias.grad}
+    results["x's gradient"] = x.grad
+    return {name: tensor.detach().numpy() for name, tensor in results.items()}
