@@ -2,8 +2,8 @@
 
 `python benchmarks/heads.py` (the `peers` and `examples` extras). The cross-entropy is its mean over
 2,048 positions and its gradients with respect to weight, bias and input; in PyTorch by
-`cross_entropy` on the logits, and by `linear_cross_entropy`. The layers are one forward call;
-float32 is the plain layer.
+`cross_entropy` on the logits, by `linear_cross_entropy`, and by that with its chunked option. The
+layers are one forward call; float32 is the plain layer.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,6 +16,7 @@ import optax
 import timing
 import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
+from torch.nn.modules.linear_cross_entropy_options import LinearCrossEntropyOptions
 
 import fclayers as fc
 
@@ -59,6 +60,11 @@ def cross_entropy() -> Candidates:
     )
     calls["torch linear"] = partial(
         backward, lambda: F.linear_cross_entropy(inputs, weight, targets, linear_bias=bias)
+    )
+    options = LinearCrossEntropyOptions()
+    calls["torch chunked"] = partial(
+        backward,
+        lambda: F.linear_cross_entropy(inputs, weight, targets, linear_bias=bias, options=options),
     )
     return calls
 
