@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Key
+from jaxtyping import Array, Float, Key
 
 from fclayers._checks import check_count, check_key
 from fclayers._initial import draw, symmetric_uniform
@@ -236,10 +236,7 @@ def quantize(params: Any, *, block_size: int | None = None, where: Where | None 
                 f"{layer_name}, whose weight has shape {weight.shape}"
             )
         blocks = fan_in // block_size if block_size else 1
-        wide = weight.astype(_wide(weight)).reshape(blocks, fan_in // blocks, fan_out)
-        scale = _round_up(jnp.abs(wide).max(1, initial=0) / 127, weight.dtype)
-        divisor = jnp.where(scale > 0, scale, 1).astype(wide.dtype)
-        rounded = jnp.round(wide / divisor[:, None]).clip(-127, 127).astype(jnp.int8)
+        rounded, scale = _round_blocks(weight.reshape(blocks, fan_in // blocks, fan_out))
         scale = scale.reshape(blocks, *out_shape)
         return QuantizedParams(rounded.reshape(weight.shape), scale, bias)
 
@@ -357,6 +354,15 @@ def _keys(key: Array) -> Any:
 
 def _wide(weight: Array) -> Any:
     return jnp.promote_types(weight.dtype, jnp.float32)
+
+
+@jax.jit
+def _round_blocks(weight: Float[Array, "blocks size out"]) -> tuple[Array, Array]:
+    """The nearest multiples of a scale per block and output, as int8, and the scales."""
+    wide = weight.astype(_wide(weight))
+    scale = _round_up(jnp.abs(wide).max(1, initial=0) / 127, weight.dtype)
+    divisor = jnp.where(scale > 0, scale, 1).astype(wide.dtype)
+    return jnp.round(wide / divisor[:, None]).clip(-127, 127).astype(jnp.int8), scale
 
 
 def _round_up(values: Array, dtype: Any) -> Array:
