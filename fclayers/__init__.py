@@ -3,6 +3,7 @@
 from fclayers.compression import CompressionRow, CompressionTable, compression_table
 from fclayers.conv import ConvParams, apply_conv, avg_pool, init_conv, max_pool
 from fclayers.convert import conv_to_linear, linear_to_conv, mlp_to_conv
+from fclayers.export import export_apply, load_exported
 from fclayers.forms import LinearParams, LoraParams, LowRankParams, QuantizedParams
 from fclayers.inspect import summarize
 from fclayers.interop.equinox import from_equinox, to_equinox
@@ -50,6 +51,7 @@ __all__ = [
     "conv_to_linear",
     "dequantize",
     "explain_slide",
+    "export_apply",
     "from_equinox",
     "from_flax",
     "from_haiku",
@@ -64,6 +66,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_to_conv",
     "linear_top_k",
+    "load_exported",
     "load_safetensors",
     "lora_mask",
     "low_rank",

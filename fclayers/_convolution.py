@@ -39,6 +39,8 @@ def convolve(
             return _plain(x, weight, geometry, groups, precision)
         rows = x.shape[0] * prod(positions(x.shape[1:-1], geometry))
         fan_in, fan_out = prod(weight.shape[:-1]), weight.shape[-1]
+        if not isinstance(rows, int):  # the symbolic batch of an export
+            return _plain(x, weight, geometry, groups, precision)
         if prod(geometry.kernel) == 1 or rows <= fan_out:
             return _product_of_patches(x, weight, geometry, precision)
         if rows * fan_in * wide.itemsize > _LARGE_PATCHES:
@@ -63,7 +65,7 @@ def quantized_convolve(
         return quantized_product(_patches(x, geometry), matrix, scale, precision)
 
     rows = x.shape[0] * prod(positions(x.shape[1:-1], geometry))
-    if prod(geometry.kernel) == 1 or rows <= weight.shape[-1]:
+    if isinstance(rows, int) and (prod(geometry.kernel) == 1 or rows <= weight.shape[-1]):
         y: Array = lax.platform_dependent(x, matrix, scale, cpu=product_of_patches, default=at_once)
         return y
     return at_once(x, matrix, scale)

@@ -62,8 +62,10 @@ def _in_tiles(x: Array, weight: Array, scale: Array, precision: lax.PrecisionLik
 def _sum_of_tiles(x: Array, weight: Array, scale: Array, precision: lax.PrecisionLike) -> Array:
     inputs, outputs = weight.shape
     block_size = inputs // len(scale)
-    # The more rows of x, the more often a tile is read once it is in floating point.
-    tile_size = min(max(64, 8 * len(x)), 512)
+    # The more rows of x (in an export, their number may be a symbol), the more often a tile is read
+    # once it is in floating point.
+    rows = x.shape[0]
+    tile_size = min(max(64, 8 * rows), 512) if isinstance(rows, int) else 512
     if len(scale) > 1:
         tile_size = -(-tile_size // block_size) * block_size
     tile_size = min(tile_size, inputs)
@@ -76,7 +78,7 @@ def _sum_of_tiles(x: Array, weight: Array, scale: Array, precision: lax.Precisio
             scales = lax.dynamic_slice_in_dim(scale, start // block_size, size // block_size)
         return _at_once(lax.dynamic_slice_in_dim(x, start, size, 1), tile, scales, precision)
 
-    y: Array = jnp.zeros((len(x), outputs), accumulation_dtype(x.dtype) or x.dtype)
+    y: Array = jnp.zeros((rows, outputs), accumulation_dtype(x.dtype) or x.dtype)
     if num_tiles:
         y = lax.fori_loop(0, num_tiles, lambda i, y: y + tile_product(i * tile_size, tile_size), y)
     return y + tile_product(inputs - rest, rest) if rest else y

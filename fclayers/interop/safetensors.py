@@ -1,7 +1,6 @@
 """Parameter trees in safetensors files, by the `safetensors` package."""
 
 import os
-import secrets
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fclayers._files import write_file
 from fclayers._tree import path_name
 from fclayers.interop._layers import check_entries
 
@@ -51,7 +51,7 @@ def save_safetensors(path: str | os.PathLike[str], params: Any) -> None:
     for entry, array in arrays.items():
         if str(array.dtype) not in _DTYPES.values():
             raise TypeError(f"{name}: {entry} has dtype {array.dtype}, which safetensors lacks")
-    _write(Path(path), save(arrays))
+    write_file(Path(path), save(arrays))
 
 
 def load_safetensors(path: str | os.PathLike[str], like: Any = None) -> Any:
@@ -136,16 +136,3 @@ def _read(function: str, path: Path) -> dict[str, np.ndarray]:
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{function}: {path} is not a sound safetensors file: {error}") from error
     return arrays
-
-
-def _write(path: Path, data: bytes) -> None:
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with beside.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
