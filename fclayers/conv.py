@@ -23,9 +23,17 @@ from fclayers._convolution import convolve, quantized_convolve
 from fclayers._initial import draw, symmetric_uniform
 from fclayers._jit import jit
 from fclayers._matrix_product import accumulation_dtype, add_bias, matrix_product
+from fclayers._mesh import on_any_mesh, spec_of
 from fclayers._pooling import Pool, reduce_windows
 from fclayers._windows import Geometry, Padding, make_geometry, per_axis, positions
-from fclayers.forms import LoraParams, LowRankParams, QuantizedParams, bias_of, check_layer
+from fclayers.forms import (
+    LoraParams,
+    LowRankParams,
+    QuantizedParams,
+    bias_of,
+    check_layer,
+    output_spec,
+)
 
 
 class ConvParams(NamedTuple):
@@ -167,9 +175,16 @@ def apply_conv(
     if dtype is None:
         dtype = jnp.result_type(x, *(a for a in jax.tree.leaves(params) if a.dtype != jnp.int8))
     batch_shape = x.shape[: x.ndim - len(kernel) - 1]
-    x = x.reshape(prod(batch_shape), *x.shape[len(batch_shape) :]).astype(dtype)
-    y = _products(params, x, geometry, groups, precision)
-    return add_bias(y.reshape(*batch_shape, *y.shape[1:]), bias_of(params), dtype)
+
+    def apply(params: ConvLayer, x: Array) -> Array:
+        x = x.reshape(prod(batch_shape), *x.shape[len(batch_shape) :]).astype(dtype)
+        y = _products(params, x, geometry, groups, precision)
+        return add_bias(y.reshape(*batch_shape, *y.shape[1:]), bias_of(params), dtype)
+
+    def sharding() -> tuple[Any, ...]:
+        return *spec_of(x)[:-1], *output_spec(params, len(kernel_shape) - 1)
+
+    return on_any_mesh(apply, sharding, params, x)
 
 
 @jit("window", "stride", "padding", "dilation")

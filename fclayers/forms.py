@@ -15,6 +15,7 @@ from jaxtyping import Array, Inexact, Int8
 
 from fclayers._checks import check_array, check_axes, check_dtype, describe
 from fclayers._matrix_product import matrix_product
+from fclayers._mesh import spec_of
 from fclayers._quantized_product import dequantized, quantized_product
 
 Shape = tuple[int, ...]
@@ -100,6 +101,18 @@ def rows_of_features(
     Returns the rows `(*batch, inputs)` in the compute dtype, the shapes of the layer's inputs and
     outputs, and the dtype.
     """
+    axes, shapes, dtype = check_input(function, layer, x, axis, dtype)
+    kept = [a for a in range(x.ndim) if a not in axes]
+    # A dot over several axes makes XLA copy the weight, transposed, in the backward pass; as a
+    # matrix it is read in place, and reshaping it moves nothing.
+    rows = x.astype(dtype).transpose(*kept, *axes)
+    return rows.reshape(*(x.shape[a] for a in kept), prod(shapes[0])), shapes, dtype
+
+
+def check_input(
+    function: str, layer: Any, x: Any, axis: int | tuple[int, ...], dtype: DTypeLike | None
+) -> tuple[list[int], tuple[Shape, Shape], DTypeLike]:
+    """Returns the axes of the features, the shapes of inputs and outputs, the compute dtype."""
     if not is_form(layer):
         check_layer(function, layer)
     check_array(function, "x", x)
@@ -115,11 +128,7 @@ def rows_of_features(
         check_dtype(function, dtype)
     else:
         dtype = jnp.result_type(x, *(a for a in jax.tree.leaves(layer) if a.dtype != jnp.int8))
-    kept = [a for a in range(x.ndim) if a not in axes]
-    # A dot over several axes makes XLA copy the weight, transposed, in the backward pass; as a
-    # matrix it is read in place, and reshaping it moves nothing.
-    rows = x.astype(dtype).transpose(*kept, *axes)
-    return rows.reshape(*(x.shape[a] for a in kept), prod(in_shape)), (in_shape, out_shape), dtype
+    return axes, (in_shape, out_shape), dtype
 
 
 def terms(
@@ -237,6 +246,16 @@ def check_layer(
             f"{in_shape + out_shape} and a bias of shape {bias.shape}"
         )
     return in_shape, out_shape
+
+
+def output_spec(layer: Any, in_ndim: int) -> tuple[Any, ...]:
+    """How the outputs of a layer are sharded on an explicit mesh, one entry per output axis."""
+    match layer:
+        case LoraParams(base, _, _, _):
+            return output_spec(base, in_ndim)
+        case LowRankParams(_, up, _):
+            return spec_of(up)[1:]
+    return spec_of(layer.weight)[in_ndim:]
 
 
 def _outer(down: Array, up: Array) -> Array:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from functools import reduce
 from math import prod
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jaxtyping import Array, Key, Num
 
 from fclayers._checks import (
     check_array,
+    check_axes,
     check_count,
     check_dtype,
     check_features,
@@ -22,11 +24,13 @@ from fclayers._checks import (
 from fclayers._initial import draw, symmetric_uniform
 from fclayers._jit import jit
 from fclayers._matrix_product import accumulation_dtype, add_bias
+from fclayers._mesh import on_any_mesh, spec_of
 from fclayers.forms import (
     Layer,
     LinearParams,
     bias_of,
     check_layer,
+    output_spec,
     product,
     rows_of_features,
     terms,
@@ -114,7 +118,8 @@ def apply_linear(
 
     Returns:
         Array of the compute dtype. The axes of `x` that are not contracted keep their order; the
-        output features come last. Products of half precision accumulate in float32.
+        output features come last. Products of half precision accumulate in float32. On a mesh with
+        explicit axes, the former are sharded as in `x`, the latter as in the layer.
 
     Raises:
         TypeError: `params` is no form of the layer, or `x` not an array.
@@ -130,10 +135,19 @@ def apply_linear(
         (32, 10)
     """
     name = "apply_linear"
-    rows, shapes, dtype = rows_of_features(name, params, x, axis, dtype)
-    products = [product(term, precision) for term in terms(params, rows, shapes, dtype, precision)]
-    y = reduce(jnp.add, products)
-    return add_bias(y.reshape(*rows.shape[:-1], *shapes[1]), bias_of(params), dtype)
+
+    def apply(params: Layer, x: Array) -> Array:
+        rows, shapes, wide = rows_of_features(name, params, x, axis, dtype)
+        pairs = terms(params, rows, shapes, wide, precision)
+        y = reduce(jnp.add, [product(pair, precision) for pair in pairs])
+        return add_bias(y.reshape(*rows.shape[:-1], *shapes[1]), bias_of(params), wide)
+
+    def sharding() -> list[Any]:
+        axes = check_axes(name, axis, x.shape)
+        kept = [entry for a, entry in enumerate(spec_of(x)) if a not in axes]
+        return [*kept, *output_spec(params, len(axes))]
+
+    return on_any_mesh(apply, sharding, params, x)
 
 
 def init_bilinear(
@@ -244,15 +258,22 @@ def apply_bilinear(
         check_dtype(name, dtype)
     else:
         dtype = jnp.result_type(x1, x2, *jax.tree.leaves(params))
-    y = jnp.einsum(
-        "...i,...j,ijk->...k",
-        x1.astype(dtype),
-        x2.astype(dtype),
-        params.weight.astype(dtype),
-        precision=precision,
-        preferred_element_type=accumulation_dtype(dtype),
-    )
-    return add_bias(y, params.bias, dtype)
+
+    def apply(params: LinearParams, x1: Array, x2: Array) -> Array:
+        y = jnp.einsum(
+            "...i,...j,ijk->...k",
+            x1.astype(dtype),
+            x2.astype(dtype),
+            params.weight.astype(dtype),
+            precision=precision,
+            preferred_element_type=accumulation_dtype(dtype),
+        )
+        return add_bias(y, params.bias, dtype)
+
+    def sharding() -> tuple[Any, ...]:
+        return *spec_of(x1)[:-1], *output_spec(params, 2)
+
+    return on_any_mesh(apply, sharding, params, x1, x2)
 
 
 def _init(

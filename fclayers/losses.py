@@ -1,7 +1,8 @@
 """Cross-entropy of a fully connected layer's outputs, and predictions, without all the logits.
 
 The classes are taken a chunk at a time. The forward pass keeps a running log-sum-exp; the backward
-pass computes the logits of a chunk again.
+pass computes the logits of a chunk again. Where the classes are sharded, that is what happens to a
+shard of them; what the shards know of a row is then put together.
 """
 
 from collections.abc import Callable
@@ -12,14 +13,27 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Num
 
-from fclayers._checks import check_array, check_count, describe
+from fclayers._checks import check_array, check_axes, check_count, describe
 from fclayers._jit import jit
 from fclayers._matrix_product import accumulation_dtype, matrix_product
+from fclayers._mesh import mesh_axes, mesh_of, on_any_mesh, partition, spec_of
 from fclayers._quantized_product import dequantized
-from fclayers.forms import Layer, Matrix, QuantizedParams, bias_of, product, rows_of_features, terms
+from fclayers.forms import (
+    Layer,
+    Matrix,
+    QuantizedParams,
+    bias_of,
+    check_input,
+    output_spec,
+    product,
+    rows_of_features,
+    terms,
+)
+from fclayers.sharding import linear_specs
 
 
 @jit("axis", "chunk_size", "label_smoothing", "z_loss", "reduction")
@@ -38,7 +52,8 @@ def linear_cross_entropy(
     """Softmax cross-entropy of the logits `apply_linear(params, x)`, which are never all there.
 
     Equal to `optax.softmax_cross_entropy_with_integer_labels(apply_linear(params, x), labels)`, and
-    so are its gradients with respect to `params` and `x`.
+    so are its gradients with respect to `params` and `x`. On a mesh with explicit axes every device
+    takes its own classes.
 
     Args:
         params: The layer, in any form, with one output axis: the classes.
@@ -78,8 +93,7 @@ def linear_cross_entropy(
     is that of `Chowdhery et al. 2022, PaLM <https://arxiv.org/abs/2204.02311>`_, section 5.
     """
     name = "linear_cross_entropy"
-    head, features, batch_shape = _make_head(name, params, x, axis)
-    chunk_size = _check_chunk_size(name, chunk_size, features)
+    classes, batch_shape = _check_head(name, params, x, axis)
     check_array(name, "labels", labels)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(f"{name}: labels must be integers, got {describe(labels)}")
@@ -95,20 +109,36 @@ def linear_cross_entropy(
         raise ValueError(f"{name}: z_loss must be >= 0, got {z_loss}")
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"{name}: reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
-    rows = labels.ravel()
+    labels = labels.astype(jnp.promote_types(labels.dtype, jnp.int32))
+    known = (labels >= 0) & (labels < classes)
+    counts, weights = None, jnp.ones(())
     if where is not None:
-        weights = jnp.asarray(where).ravel()
-        counts = weights != 0
-        rows = jnp.where(counts, rows, 0)
-        features = tuple(jnp.where(counts[:, None], f, 0) for f in features)
-    losses = _losses(_Settings(chunk_size, label_smoothing, z_loss), head, features, rows)
-    if where is not None:
+        counts, weights = jnp.asarray(where) != 0, jnp.asarray(where)
+        known |= ~counts
+
+    def statistics(shard: Any, params: Layer, x: Array, labels: Array, counts: Any) -> _Statistics:
+        head, features = _make_head(name, params, x, axis)
+        settings = _Settings(_check_chunk_size(name, chunk_size, features), label_smoothing > 0)
+        if counts is not None:
+            features = tuple(jnp.where(counts.reshape(-1, 1), f, 0) for f in features)
+        found = _statistics(settings, head, features, labels.ravel() - shard * _classes(head))
+        return _Statistics(*(a.reshape(labels.shape) for a in found))
+
+    found = _per_shard(statistics, params, x, axis, labels, counts)
+    lse: Array = jax.nn.logsumexp(found.lse, axis=0)
+    losses: Array = lse - (1 - label_smoothing) * found.label_logit.sum(0)
+    if label_smoothing:
+        losses -= label_smoothing / classes * found.sum_of_logits.sum(0)
+    if z_loss:
+        losses += z_loss * lse**2
+    losses *= jnp.where(known, 1, jnp.nan).astype(losses.dtype)
+    if counts is not None:
         losses = jnp.where(counts, losses * weights.astype(losses.dtype), 0)
     if reduction == "none":
-        return losses.reshape(batch_shape)
+        return losses
     if reduction == "sum":
         return losses.sum()
-    total = weights.astype(losses.dtype).sum() if where is not None else losses.size
+    total = losses.size if where is None else weights.astype(losses.dtype).sum()
     return jnp.where(total == 0, 0, losses.sum() / jnp.where(total == 0, 1, total))
 
 
@@ -193,27 +223,86 @@ class _Head(NamedTuple):
 
 class _Settings(NamedTuple):
     chunk_size: int
-    label_smoothing: float
-    z_loss: float
+    sum_logits: bool
+
+
+class _Statistics(NamedTuple):
+    """What the loss needs to know of the logits of every row."""
+
+    lse: Array
+    label_logit: Array
+    sum_of_logits: Array
 
 
 Features = tuple[Array, ...]
 
 
-def _make_head(
+def _check_head(
     function: str, params: Layer, x: Array, axis: int | tuple[int, ...]
-) -> tuple[_Head, Features, tuple[int, ...]]:
-    """The head, the features that its matrices multiply as `(rows, n)`, and the batch's shape."""
-    rows, shapes, dtype = rows_of_features(function, params, x, axis, None)
+) -> tuple[int, tuple[int, ...]]:
+    """The number of classes and the shape of the batch."""
+    axes, shapes, _ = check_input(function, params, x, axis, None)
     if len(shapes[1]) != 1:
         raise ValueError(
             f"{function}: expected a layer with one output axis, the classes, "
             f"got outputs of shape {shapes[1]}"
         )
+    return shapes[1][0], tuple(size for a, size in enumerate(x.shape) if a not in axes)
+
+
+def _make_head(
+    function: str, params: Layer, x: Array, axis: int | tuple[int, ...]
+) -> tuple[_Head, Features]:
+    """The head, and the features that its matrices multiply as `(rows, n)`."""
+    rows, shapes, dtype = rows_of_features(function, params, x, axis, None)
     flat = rows.reshape(prod(rows.shape[:-1]), rows.shape[-1])
     features, matrices = zip(*terms(params, flat, shapes, dtype, None), strict=True)
     bias = bias_of(params)
-    return _Head(matrices, None if bias is None else bias.astype(dtype)), features, rows.shape[:-1]
+    return _Head(matrices, None if bias is None else bias.astype(dtype)), features
+
+
+def _per_shard(
+    function: Callable[..., Any],
+    params: Layer,
+    x: Array,
+    axis: int | tuple[int, ...],
+    *per_position: Any,
+) -> Any:
+    """Calls `function(shard, params, x, *per_position)` for every shard of the classes.
+
+    The results, which begin with the axes of the batch, get a leading axis: the shards. There is
+    one, unless the arrays lie on an explicit mesh.
+    """
+    mesh = mesh_of((params, x, *per_position))
+    if mesh is None:
+        return jax.tree.map(lambda a: a[None], function(0, params, x, *per_position))
+    axes = check_axes("", axis, x.shape)
+    x_spec = partition(*(None if a in axes else s for a, s in enumerate(spec_of(x))))
+    batch_spec = [s for a, s in enumerate(x_spec) if a not in axes]
+    in_batch = {name for entry in batch_spec for name in mesh_axes(entry)}
+    (entry,) = output_spec(params, len(axes))
+    shards = tuple(name for name in mesh_axes(entry) if name not in in_batch)
+    in_specs = (
+        linear_specs(params, "column", axis=shards),
+        x_spec,
+        *(jax.tree.map(lambda _: partition(*batch_spec), a) for a in per_position),
+    )
+
+    def run(*args: Any) -> Any:
+        shard = lax.axis_index(shards) if shards else 0
+        return jax.tree.map(lambda a: a[None], function(shard, *args))
+
+    sharded = jax.shard_map(
+        run,
+        mesh=mesh,
+        in_specs=in_specs,
+        out_specs=partition(shards or None, *batch_spec),
+        axis_names=set(mesh.explicit_axes),
+        check_vma=False,
+    )
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), in_specs)
+    arrays = (params, x, *per_position)
+    return sharded(*jax.sharding.reshard(arrays, shardings))  # type: ignore[no-untyped-call]
 
 
 def _check_chunk_size(function: str, chunk_size: int | None, features: Features) -> int:
@@ -261,16 +350,14 @@ def _logits(head: _Head, features: Features) -> Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _losses(settings: _Settings, head: _Head, features: Features, labels: Array) -> Array:
+def _statistics(settings: _Settings, head: _Head, features: Features, labels: Array) -> _Statistics:
     return _forward(settings, head, features, labels)[0]
 
 
 def _forward(
     settings: _Settings, head: _Head, features: Features, labels: Array
-) -> tuple[Array, Any]:
-    _, smoothing, z_loss = settings
-    classes, rows = _classes(head), len(labels)
-    dtype = _wide(features)
+) -> tuple[_Statistics, Any]:
+    rows, dtype = len(labels), _wide(features)
 
     def add_chunk(carry: Any, columns: _Head, start: Any) -> Any:
         largest, total, label_logit, sum_of_logits = carry
@@ -279,40 +366,33 @@ def _forward(
         shift = jnp.where(jnp.isfinite(new_largest), new_largest, 0)
         total = total * jnp.exp(largest - shift) + jnp.exp(z - shift[:, None]).sum(1)
         label_logit += jnp.where(_is_label(labels, z, start), z, 0).sum(1)
-        if smoothing:
+        if settings.sum_logits:
             sum_of_logits += z.sum(1)
         return new_largest, total, label_logit, sum_of_logits
 
-    known = (labels >= 0) & (labels < classes)
     zeros = jnp.zeros(rows, dtype)
-    carry = (jnp.full(rows, -jnp.inf, dtype), zeros, jnp.where(known, zeros, jnp.nan), zeros)
+    carry = (jnp.full(rows, -jnp.inf, dtype), zeros, zeros, zeros)
     largest, total, label_logit, sum_of_logits = _for_chunks(
         head, settings.chunk_size, add_chunk, carry
     )
     lse = jnp.where(jnp.isfinite(largest), largest, 0) + jnp.log(total)
-    losses = lse - (1 - smoothing) * label_logit
-    if smoothing:
-        losses -= smoothing / classes * sum_of_logits
-    if z_loss:
-        losses += z_loss * lse**2
-    return losses, (head, features, labels, lse)
+    return _Statistics(lse, label_logit, sum_of_logits), (head, features, labels, lse)
 
 
-def _backward(settings: _Settings, residuals: Any, cotangent: Array) -> Any:
+def _backward(settings: _Settings, residuals: Any, cotangents: _Statistics) -> Any:
     head, features, labels, lse = residuals
-    _, smoothing, z_loss = settings
-    classes, dtype = _classes(head), _wide(features)
-    known = (labels >= 0) & (labels < classes)
-    cotangent = jnp.where(known, cotangent, jnp.nan)[:, None]
-    softmax_cotangent = cotangent * (1 + 2 * z_loss * lse[:, None])
+    dtype = _wide(features)
+    lse_cotangent, label_cotangent, sum_cotangent = (c[:, None] for c in cotangents)
+    # A shard may have only classes with minus infinity as their bias.
+    shift = jnp.where(lse == -jnp.inf, 0, lse)[:, None]
 
     def add_chunk(carry: Any, columns: _Head, start: Any) -> Any:
         head_cotangent, features_cotangent = carry
         z = _logits(columns, features)
-        z_cotangent = jnp.exp(z - lse[:, None]) * softmax_cotangent
-        z_cotangent -= jnp.where(_is_label(labels, z, start), (1 - smoothing) * cotangent, 0)
-        if smoothing:
-            z_cotangent -= smoothing / classes * cotangent
+        z_cotangent = jnp.exp(z - shift) * lse_cotangent
+        z_cotangent += jnp.where(_is_label(labels, z, start), label_cotangent, 0)
+        if settings.sum_logits:
+            z_cotangent += sum_cotangent
         weights = [_dense(matrix, dtype) for matrix in columns.matrices]
         features_cotangent = tuple(
             total + matrix_product(z_cotangent, weight.T)
@@ -339,7 +419,7 @@ def _backward(settings: _Settings, residuals: Any, cotangent: Array) -> Any:
     return head_cotangent, rounded, None
 
 
-_losses.defvjp(_forward, _backward)
+_statistics.defvjp(_forward, _backward)
 
 
 def _is_label(labels: Array, z: Array, start: Any) -> Array:
@@ -381,11 +461,30 @@ def _top_k(
     axis: int | tuple[int, ...],
     chunk_size: int | None,
 ) -> tuple[Array, Array]:
-    head, features, batch_shape = _make_head(function, params, x, axis)
-    classes = _classes(head)
+    classes, batch_shape = _check_head(function, params, x, axis)
     if not 1 <= check_count(function, "k", k) <= classes:
         raise ValueError(f"{function}: k must be from 1 to the {classes} classes, got {k}")
-    chunk_size = _check_chunk_size(function, chunk_size, features)
+
+    def best_of(shard: Any, params: Layer, x: Array) -> tuple[Array, Array]:
+        head, features = _make_head(function, params, x, axis)
+        size = _check_chunk_size(function, chunk_size, features)
+        values, found = _best(head, features, min(k, _classes(head)), size)
+        values, found = values.astype(features[0].dtype), found + shard * _classes(head)
+        shape = *_check_head(function, params, x, axis)[1], values.shape[1]
+        return values.reshape(shape), found.reshape(shape)
+
+    def side_by_side(a: Array) -> Array:
+        return jnp.moveaxis(a, 0, -2).reshape(*batch_shape, a.shape[0] * a.shape[-1])
+
+    best = _per_shard(best_of, params, x, axis)
+    spec = [*spec_of(best[0])[1:-1], None]
+    values, found = (on_any_mesh(side_by_side, lambda: spec, a) for a in best)
+    values, places = lax.top_k(values, k)
+    return values, jnp.take_along_axis(found, places, -1)
+
+
+def _best(head: _Head, features: Features, k: int, chunk_size: int) -> tuple[Array, Array]:
+    """The `k` largest logits of every row and their classes, each `(rows, k)`."""
 
     def merge(best: tuple[Array, Array], columns: _Head, start: Any) -> tuple[Array, Array]:
         z = _logits(columns, features)
@@ -395,8 +494,7 @@ def _top_k(
         values, places = lax.top_k(values, k)
         return values, jnp.take_along_axis(candidates, places, 1)
 
-    first = max(k, min(chunk_size, classes))
-    values, found = lax.top_k(_logits(_columns(head, 0, first), features), k)
-    values, found = _for_chunks(head, chunk_size, merge, (values, found), begin=first)
-    values = values.astype(features[0].dtype)
-    return values.reshape(*batch_shape, k), found.reshape(*batch_shape, k)
+    first = max(k, min(chunk_size, _classes(head)))
+    best = lax.top_k(_logits(_columns(head, 0, first), features), k)
+    values, found = _for_chunks(head, chunk_size, merge, tuple(best), begin=first)
+    return values, found

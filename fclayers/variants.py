@@ -360,7 +360,10 @@ def _wide(weight: Array) -> Any:
 def _round_blocks(weight: Float[Array, "blocks size out"]) -> tuple[Array, Array]:
     """The nearest multiples of a scale per block and output, as int8, and the scales."""
     wide = weight.astype(_wide(weight))
-    scale = _round_up(jnp.abs(wide).max(1, initial=0) / 127, weight.dtype)
+    largest = jnp.abs(wide).max(1, initial=0)
+    # A smaller step would be flushed to zero.
+    step = jnp.maximum(largest / 127, jnp.finfo(wide.dtype).tiny)
+    scale = _round_up(jnp.where(largest > 0, step, 0), weight.dtype)
     divisor = jnp.where(scale > 0, scale, 1).astype(wide.dtype)
     return jnp.round(wide / divisor[:, None]).clip(-127, 127).astype(jnp.int8), scale
 

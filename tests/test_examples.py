@@ -46,6 +46,7 @@ def test_digits_refuses_bad_flags(flags, capsys):
     assert flags[0] in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_fully_convolutional(tmp_path, capfd):
     picture = tmp_path / "new" / "page.png"
     main = runpy.run_path(str(EXAMPLES / "fully_convolutional.py"))["main"]
@@ -86,6 +87,7 @@ def load_main(monkeypatch):
     sys.modules.pop("digits", None)
 
 
+@pytest.mark.slow
 def test_compress_digits(load_main, tmp_path, capfd):
     picture = tmp_path / "new" / "compress.png"
     rows, chosen = load_main("compress_digits.py")(
@@ -108,6 +110,7 @@ def test_compress_digits(load_main, tmp_path, capfd):
     assert "12/12" in printed.err
 
 
+@pytest.mark.slow
 def test_lora_digits(load_main, capsys):
     result = load_main("lora_digits.py")(["--epochs", "15", "--adapter-epochs", "15"])
     assert result.before.old >= 0.95

@@ -217,7 +217,7 @@ BAD = {
     "no layer to export": (
         lambda: fc.to_haiku({"a": LAYER, "b": WEIGHT}),
         TypeError,
-        r"to_haiku: expected a tree of LinearParams and ConvParams, got an array .* at \['b'\]",
+        r"to_haiku: expected a tree of layers .*, got an array .* at \['b'\]",
     ),
 }
 

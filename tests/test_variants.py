@@ -211,7 +211,7 @@ def test_adapters_have_keys_of_their_own():
     assert (network[0].down != network[1].down).any()
 
 
-EXTREMES = [0.0, 1e-40, 1e-30, 1.0, -127.0, 3e38]
+EXTREMES = [0.0, 1e-40, 8e-37, 1e-30, 1.0, -127.0, 3e38]
 
 
 @given(
