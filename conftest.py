@@ -15,7 +15,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import fclayers  # noqa: F401 (before Sybil imports its parts one by one)
 
-hypothesis.settings.register_profile("quick", max_examples=5, deadline=None)
+hypothesis.settings.register_profile("quick", max_examples=3, deadline=None)
 hypothesis.settings.register_profile("ci", max_examples=10, deadline=None)
 hypothesis.settings.register_profile("thorough", max_examples=500, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))

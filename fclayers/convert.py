@@ -58,11 +58,11 @@ def linear_to_conv(
     Example:
         >>> import jax
         >>> import fclayers as fc
-        >>> fc6 = fc.init_linear(jax.random.key(0), 7 * 7 * 512, 4096)
+        >>> fc6 = fc.init_linear(jax.random.key(0), 7 * 7 * 512, 128)
         >>> fc.linear_to_conv(fc6, (7, 7)).weight.shape
-        (7, 7, 512, 4096)
-        >>> fc.linear_to_conv(fc.init_linear(jax.random.key(0), 4096, 1000)).weight.shape
-        (1, 1, 4096, 1000)
+        (7, 7, 512, 128)
+        >>> fc.linear_to_conv(fc.init_linear(jax.random.key(0), 128, 10)).weight.shape
+        (1, 1, 128, 10)
 
     Source: Long, Shelhamer and Darrell 2015, "Fully Convolutional Networks for Semantic
     Segmentation".

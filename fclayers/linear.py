@@ -73,9 +73,9 @@ def init_linear(
     Example:
         >>> import jax
         >>> import fclayers as fc
-        >>> params = fc.init_linear(jax.random.key(0), (7, 7, 512), 4096)
+        >>> params = fc.init_linear(jax.random.key(0), (7, 7, 512), 128)
         >>> params.weight.shape, params.bias.shape
-        ((7, 7, 512, 4096), (4096,))
+        ((7, 7, 512, 128), (128,))
 
     Source: the defaults documented for
     `torch.nn.Linear <https://docs.pytorch.org/docs/stable/generated/torch.nn.Linear.html>`_.

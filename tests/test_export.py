@@ -17,6 +17,8 @@ from jax import lax
 import fclayers as fc
 from fclayers.export import export_apply, load_exported
 
+pytestmark = pytest.mark.slow
+
 KEY = jax.random.key(0)
 MLP = fc.init_mlp(KEY, [48, 16, 7])
 X = jax.random.normal(jax.random.key(1), (5, 48))

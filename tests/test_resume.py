@@ -26,6 +26,8 @@ import pytest
 import fclayers as fc
 from fclayers import checkpoints
 
+pytestmark = pytest.mark.slow
+
 KILLS = int(os.environ.get("RESUME_KILLS", "3"))
 RNG = np.random.default_rng(0)
 DATA = {"x": RNG.standard_normal((90, 6), np.float32), "y": RNG.standard_normal((90, 1))}
@@ -88,7 +90,6 @@ def main(directory, number, seconds):
     print(digest(run_fit(directory)))
 
 
-@pytest.mark.slow
 def test_killed_runs_end_as_the_uninterrupted_one(tmp_path):
     expected = digest(run_fit(None))
     rng, kills, finished = random.Random(0), 0, 0

@@ -18,7 +18,7 @@ from slide_networks import cases, naive
 import fclayers as fc
 
 KEY = jax.random.key(0)
-NUM_NETWORKS = int(os.environ.get("SLIDE_NETWORKS", "20"))
+NUM_NETWORKS = int(os.environ.get("SLIDE_NETWORKS", "12"))
 
 
 def assert_equation_holds(case, dtype, tolerance):
@@ -43,14 +43,14 @@ def test_equation(case):
     assert_equation_holds(case, "float64", 1e-12)
 
 
-@settings(max_examples=max(5, NUM_NETWORKS // 5))
+@settings(max_examples=max(3, NUM_NETWORKS // 5))
 @given(cases(layers=(1, 3), unshared=False))
 def test_equation_in_float32(case):
     assume(case.layers[-1] != "argmax")
     assert_equation_holds(case, "float32", 1e-5)
 
 
-@settings(max_examples=max(4, NUM_NETWORKS // 5))
+@settings(max_examples=max(3, NUM_NETWORKS // 5))
 @given(cases(layers=(1, 4)))
 def test_gradients(case):
     # JAX has no reverse mode for these pools, products at all and dilated maxima and minima.
@@ -150,6 +150,7 @@ def test_the_program_does_not_grow_with_the_image():
     assert large < 4 * small
 
 
+@pytest.mark.slow
 def test_vmap_outside_and_inside():
     images = image(3, 20, 21)
     expected = jnp.stack([fc.slide(classify, (18, 18))(PARAMS, x) for x in images])
@@ -289,6 +290,7 @@ for kind in (AxisType.Auto, AxisType.Explicit):
 """
 
 
+@pytest.mark.slow
 def test_an_image_sharded_over_its_rows():
     tests = str(Path(__file__).parent)
     environment = os.environ | {
