@@ -362,7 +362,7 @@ def _round_blocks(weight: Float[Array, "blocks size out"]) -> tuple[Array, Array
     wide = weight.astype(_wide(weight))
     largest = jnp.abs(wide).max(1, initial=0)
     # A smaller step would be flushed to zero.
-    step = jnp.maximum(largest / 127, jnp.finfo(wide.dtype).tiny)
+    step = jnp.maximum(largest / 127, np.finfo(wide.dtype).tiny)
     scale = _round_up(jnp.where(largest > 0, step, 0), weight.dtype)
     divisor = jnp.where(scale > 0, scale, 1).astype(wide.dtype)
     return jnp.round(wide / divisor[:, None]).clip(-127, 127).astype(jnp.int8), scale
