@@ -7,7 +7,9 @@
 The mesh has the axes data × model: the digits of a batch are divided along the first, the weights
 along the second. With several processes the script starts one of itself for each, and prints the
 commands; with the address of a machine for `localhost`, those are what to run on several machines.
-At the end the first process trains once more on one device, and prints how far the two are apart.
+With `--checkpoint FILE` the first process saves the state after every epoch, and a run that was
+killed goes on from there. At the end the first process trains once more on one device, and prints
+how far the two are apart.
 """
 
 import argparse
@@ -18,6 +20,7 @@ import subprocess
 import sys
 import time
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -36,22 +39,21 @@ HEARTBEAT_SECONDS = 10
 
 
 class Batches(NamedTuple):
-    """Images (steps, batch, 64) with values in [0, 1] and labels (steps, batch) in 0..9."""
+    """Images (epochs, steps, batch, 64) in [0, 1] and labels (epochs, steps, batch) in 0..9."""
 
     images: Any
     labels: Any
 
 
-class Result(NamedTuple):
-    """Loss of the last step, test accuracy, and the trained parameters."""
+class State(NamedTuple):
+    """What training carries from step to step."""
 
-    loss: jax.Array
-    accuracy: jax.Array
     params: Any
+    opt_state: optax.OptState
 
 
 def load_batches(epochs: int) -> tuple[Batches, Batches]:
-    """Returns all batches of the training, shuffled anew every epoch, and one of test digits."""
+    """Returns the batches of every epoch, shuffled anew, and one batch of test digits."""
     images, labels = load_digits(return_X_y=True)
     images, labels = images.astype(np.float32) / 16, labels.astype(np.int32)
     # Every process draws the same numbers, and keeps its share of what they choose.
@@ -60,7 +62,7 @@ def load_batches(epochs: int) -> tuple[Batches, Batches]:
     test, train = order[:TEST_DIGITS], order[TEST_DIGITS:]
     steps = len(train) // BATCH_SIZE
     epoch_orders = [random.permutation(train)[: steps * BATCH_SIZE] for _ in range(epochs)]
-    chosen = np.concatenate(epoch_orders).reshape(epochs * steps, BATCH_SIZE)
+    chosen = np.concatenate(epoch_orders).reshape(epochs, steps, BATCH_SIZE)
     return Batches(images[chosen], labels[chosen]), Batches(images[test], labels[test])
 
 
@@ -71,53 +73,100 @@ def loss_fn(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
 
 
 @partial(jax.jit, static_argnames="optimizer")
-def train(
-    params: Any, batches: Batches, test: Batches, *, optimizer: optax.GradientTransformation
-) -> Result:
+def train_epoch(
+    state: State, batches: Batches, *, optimizer: optax.GradientTransformation
+) -> tuple[State, jax.Array]:
     """Takes a step for every batch; nothing in it says how many devices there are."""
 
-    def step(carry: Any, batch: Batches) -> Any:
-        params, opt_state = carry
-        loss, gradients = jax.value_and_grad(loss_fn)(params, *batch)
-        updates, opt_state = optimizer.update(gradients, opt_state, params)
-        return (optax.apply_updates(params, updates), opt_state), loss
+    def step(state: State, batch: Batches) -> tuple[State, jax.Array]:
+        loss, gradients = jax.value_and_grad(loss_fn)(state.params, *batch)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        return State(optax.apply_updates(state.params, updates), opt_state), loss
 
-    (params, _), losses = jax.lax.scan(step, (params, optimizer.init(params)), batches)
-    right = fc.apply_mlp(params, test.images).argmax(-1) == test.labels
-    return Result(losses[-1], right.mean(), params)
+    state, losses = jax.lax.scan(step, state, batches)
+    return state, losses[-1]
 
 
-def run(epochs: int, model: int) -> float:
-    """Trains on all devices; returns how far one device's parameters are from the result."""
+@jax.jit
+def accuracy(params: Any, test: Batches) -> jax.Array:
+    """Share of digits classified correctly."""
+    return (fc.apply_mlp(params, test.images).argmax(-1) == test.labels).mean()
+
+
+def gather(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+    """The whole arrays as NumPy's; every process takes part, also those that need none."""
+    whole = jax.jit(lambda tree: tree, out_shardings=jax.NamedSharding(mesh, P()))(tree)
+    return jax.device_get(whole)
+
+
+def scatter(host: np.ndarray, like: jax.Array) -> jax.Array:
+    """Lays an array that every process has out as another one is."""
+    return jax.make_array_from_callback(like.shape, like.sharding, lambda index: host[index])
+
+
+def train_sharded(
+    params: Any,
+    batches: Batches,
+    test: Batches,
+    optimizer: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh,
+    checkpoint: Path | None,
+) -> tuple[Any, float, float]:
+    """Trains on all devices; returns parameters as NumPy arrays, the last loss, the accuracy."""
+    params = fc.shard(params, mesh, fc.mlp_specs(params))
+    state = State(params, jax.jit(optimizer.init)(params))
+    test = fc.shard(test, mesh, Batches(P(), P()))
+    first = 0
+    if checkpoint is not None and checkpoint.exists():
+        saved = fc.load_safetensors(checkpoint, {"state": state, "epochs": np.int32(0)})
+        first = int(saved["epochs"])
+        state = jax.tree.map(
+            lambda host, like: scatter(np.asarray(host), like), saved["state"], state
+        )
+        if jax.process_index() == 0:
+            print(f"Going on    after epoch {first}", flush=True)
+    loss = np.nan
+    for epoch in range(first, len(batches.labels)):
+        of_epoch = fc.shard(
+            jax.tree.map(lambda a, epoch=epoch: a[epoch], batches),
+            mesh,
+            Batches(P(None, "data", None), P(None, "data")),
+        )
+        state, loss = train_epoch(state, of_epoch, optimizer=optimizer)
+        if checkpoint is not None:
+            whole = {"state": gather(state, mesh), "epochs": np.int32(epoch + 1)}
+            if jax.process_index() == 0:
+                fc.save_safetensors(checkpoint, whole)
+    whole = gather((state.params, loss, accuracy(state.params, test)), mesh)
+    return whole[0], float(whole[1]), float(whole[2])
+
+
+def run(epochs: int, model: int, checkpoint: Path | None) -> None:
+    """Trains on all devices, and in the first process once more on one."""
     batches, test = load_batches(epochs)
     params = fc.init_mlp(jax.random.key(0), SIZES)
-    optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, len(batches.labels)))
-
+    steps = batches.labels.shape[0] * batches.labels.shape[1]
+    optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, steps))
     mesh = jax.make_mesh((jax.device_count() // model, model), ("data", "model"))
-    specs = (
-        fc.mlp_specs(params),
-        Batches(P(None, "data", None), P(None, "data")),
-        Batches(P(), P()),
-    )
     start = time.perf_counter()
     with jax.set_mesh(mesh):
-        result = train(*fc.shard((params, batches, test), mesh, specs), optimizer=optimizer)
-        # Every process takes part in the gathering, also those that print nothing.
-        gathered = jax.jit(lambda tree: tree, out_shardings=jax.NamedSharding(mesh, P()))(result)
-        sharded = jax.device_get(gathered)
+        trained, loss, share = train_sharded(params, batches, test, optimizer, mesh, checkpoint)
     if jax.process_index() > 0:
-        return 0.0
+        return
     data = mesh.shape["data"]
     print(f"Mesh        data × model = {data} × {model}, processes: {jax.process_count()}")
-    print(f"Loss        {sharded.loss:.4f} after {len(batches.labels)} steps")
-    print(f"Accuracy    {sharded.accuracy:.1%} of {TEST_DIGITS} test digits")
+    print(f"Loss        {loss:.4f} after {steps} steps")
+    print(f"Accuracy    {share:.1%} of {TEST_DIGITS} test digits")
     print(f"Time        {time.perf_counter() - start:.1f} s, compilation included")
 
-    alone = jax.device_get(train(params, batches, test, optimizer=optimizer))
-    pairs = zip(jax.tree.leaves(sharded.params), jax.tree.leaves(alone.params), strict=True)
+    alone = State(params, optimizer.init(params))
+    for epoch in range(epochs):
+        of_epoch = jax.tree.map(lambda a, epoch=epoch: a[epoch], batches)
+        alone, _ = train_epoch(alone, of_epoch, optimizer=optimizer)
+    pairs = zip(jax.tree.leaves(trained), jax.tree.leaves(alone.params), strict=True)
     difference = max(float(np.abs(a - b).max()) for a, b in pairs)
-    print(f"One device  {alone.accuracy:.1%}, parameters at most {difference:.1e} apart")
-    return difference
+    share = float(accuracy(alone.params, test))
+    print(f"One device  {share:.1%}, parameters at most {difference:.1e} apart")
 
 
 def start_processes(args: argparse.Namespace) -> int:
@@ -156,6 +205,7 @@ def main() -> None:
     parser.add_argument("--devices", type=int, help="devices to force in every process")
     parser.add_argument("--processes", type=int, default=1, help="how many there are in all")
     parser.add_argument("--model", type=int, help="devices along the model axis (2, if even)")
+    parser.add_argument("--checkpoint", type=Path, help="file on a disk of all processes")
     parser.add_argument("--coordinator", help="host:port of the first process")
     parser.add_argument("--process-id", type=int, help="which of the processes this one is")
     args = parser.parse_args()
@@ -178,7 +228,7 @@ def main() -> None:
     model = args.model or 2 - jax.device_count() % 2
     if jax.device_count() % model or BATCH_SIZE % (jax.device_count() // model):
         parser.error(f"{jax.device_count()} devices are no mesh with a model axis of {model}")
-    run(args.epochs, model)
+    run(args.epochs, model, args.checkpoint)
 
 
 if __name__ == "__main__":

@@ -138,6 +138,27 @@ def test_the_example_has_one_result(arguments, mesh):
     assert float(re.search(r"at most (\S+) apart", printed)[1]) <= 1e-5
 
 
+def test_the_example_goes_on_after_a_process_was_killed(tmp_path):
+    checkpoint = tmp_path / "state.safetensors"
+    arguments = ("--processes", str(PROCESSES), "--epochs", "8", "--checkpoint", str(checkpoint))
+    run = subprocess.Popen([sys.executable, str(EXAMPLE), *arguments], stderr=subprocess.DEVNULL)
+    try:
+        end = time.monotonic() + 120
+        while not checkpoint.exists():
+            assert run.poll() is None
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+        assert run.wait(60)
+    finally:
+        run.kill()
+        run.wait()
+    printed = run_example(*arguments)
+    assert re.search(r"Going on    after epoch [1-8]\n", printed)
+    assert float(re.search(r"at most (\S+) apart", printed)[1]) <= 1e-5
+
+
 def test_the_example_ends_with_an_error_when_a_process_has_one():
     command = [sys.executable, str(EXAMPLE), "--processes", "2", "--model", "3"]
     run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
