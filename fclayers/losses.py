@@ -308,7 +308,9 @@ def _per_shard(
 def _check_chunk_size(function: str, chunk_size: int | None, features: Features) -> int:
     if chunk_size is None:
         inputs = sum(f.shape[1] for f in features)
-        return max(1, inputs, 2**20 // max(1, inputs, len(features[0])))
+        rows = features[0].shape[0]
+        at_least = rows if isinstance(rows, int) else 0  # the symbolic batch of an export
+        return max(1, inputs, 2**20 // max(1, inputs, at_least))
     if check_count(function, "chunk_size", chunk_size) < 1:
         raise ValueError(f"{function}: chunk_size must be at least 1, got {chunk_size}")
     return chunk_size
@@ -357,7 +359,7 @@ def _statistics(settings: _Settings, head: _Head, features: Features, labels: Ar
 def _forward(
     settings: _Settings, head: _Head, features: Features, labels: Array
 ) -> tuple[_Statistics, Any]:
-    rows, dtype = len(labels), _wide(features)
+    rows, dtype = labels.shape[0], _wide(features)
 
     def add_chunk(carry: Any, columns: _Head, start: Any) -> Any:
         largest, total, label_logit, sum_of_logits = carry

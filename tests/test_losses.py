@@ -113,6 +113,16 @@ def test_half_precision_gives_float32_losses(dtype):
     )
 
 
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int64])
+def test_labels_of_any_width(dtype):
+    """Of 300 classes, more than a byte can name."""
+    layer, labels = fc.init_linear(KEY, 24, 300), np.arange(15).reshape(3, 5)
+    np.testing.assert_array_equal(
+        fc.linear_cross_entropy(layer, X, labels.astype(dtype), chunk_size=7),
+        fc.linear_cross_entropy(layer, X, labels.astype(np.int32), chunk_size=7),
+    )
+
+
 def test_logits_of_ten_thousand_do_not_overflow():
     weight = jnp.array([[1e4, -1e4, 0.0, 9.9e3]])
     x, labels = jnp.array([[1.0], [-1.0], [1.0]]), jnp.array([0, 1, 1])
