@@ -62,10 +62,9 @@ def _in_tiles(x: Array, weight: Array, scale: Array, precision: lax.PrecisionLik
 def _sum_of_tiles(x: Array, weight: Array, scale: Array, precision: lax.PrecisionLike) -> Array:
     inputs, outputs = weight.shape
     block_size = inputs // len(scale)
-    # The more rows of x (in an export, their number may be a symbol), the more often a tile is read
-    # once it is in floating point.
     rows = x.shape[0]
-    tile_size = min(max(64, 8 * rows), 512) if isinstance(rows, int) else 512
+    few = isinstance(rows, int) and rows <= 2  # in an export, it may be a symbol
+    tile_size = 64 if few else 512
     if len(scale) > 1:
         tile_size = -(-tile_size // block_size) * block_size
     tile_size = min(tile_size, inputs)
@@ -76,12 +75,27 @@ def _sum_of_tiles(x: Array, weight: Array, scale: Array, precision: lax.Precisio
         scales = scale
         if len(scale) > 1:
             scales = lax.dynamic_slice_in_dim(scale, start // block_size, size // block_size)
-        return _at_once(lax.dynamic_slice_in_dim(x, start, size, 1), tile, scales, precision)
+        part = lax.dynamic_slice_in_dim(x, start, size, 1)
+        if few and size <= 128:
+            return _sum_of_rows(part, tile, scales)
+        return _at_once(part, tile, scales, precision)
 
     y: Array = jnp.zeros((rows, outputs), accumulation_dtype(x.dtype) or x.dtype)
     if num_tiles:
         y = lax.fori_loop(0, num_tiles, lambda i, y: y + tile_product(i * tile_size, tile_size), y)
     return y + tile_product(inputs - rest, rest) if rest else y
+
+
+def _sum_of_rows(x: Array, weight: Array, scale: Array) -> Array:
+    """One fused loop for a few rows of x: the tile is never written out in floating point."""
+    x = x.astype(accumulation_dtype(x.dtype) or x.dtype)
+    scale = scale.astype(x.dtype)
+    inputs, blocks = len(weight), len(scale)
+    y: Array = jnp.zeros((), x.dtype)
+    for i in range(inputs):
+        row = weight[i].astype(x.dtype)
+        y = y + x[:, i, None] * (row if blocks == 1 else row * scale[i * blocks // inputs])
+    return y * scale[0] if blocks == 1 else y
 
 
 @_sum_of_tiles.defjvp

@@ -87,7 +87,7 @@ def test_the_file_is_as_large_as_the_weights(path):
     for params in (layer, fc.quantize(layer)):
         export_apply(fc.apply_linear, params, jnp.ones((1, 500)), path)
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-        assert size < path.stat().st_size < size + 10_000
+        assert size < path.stat().st_size < size + 50_000
 
 
 def small_classifier(params, window):
