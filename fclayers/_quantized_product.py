@@ -15,6 +15,9 @@ from jaxtyping import Array, Float, Int8, Num
 
 from fclayers._matrix_product import accumulation_dtype, matrix_product
 
+# From this many weights on, one or two rows are worth a long program.
+_LARGE = 2**18
+
 
 def quantized_product(
     x: Num[Array, "*batch in"],
@@ -63,7 +66,8 @@ def _sum_of_tiles(x: Array, weight: Array, scale: Array, precision: lax.Precisio
     inputs, outputs = weight.shape
     block_size = inputs // len(scale)
     rows = x.shape[0]
-    few = isinstance(rows, int) and rows <= 2  # in an export, it may be a symbol
+    # In an export, the number of rows may be a symbol.
+    few = isinstance(rows, int) and rows <= 2 and weight.size >= _LARGE
     tile_size = 64 if few else 512
     if len(scale) > 1:
         tile_size = -(-tile_size // block_size) * block_size

@@ -52,7 +52,7 @@ def test_apply_linear_multiplies_by_the_weight_that_a_form_stands_for(case, form
 @pytest.mark.parametrize("form", OTHER_FORMS)
 @pytest.mark.parametrize("rows", [1, 8, 300])
 def test_layers_larger_than_a_tile(form, rows):
-    layer = fc.init_linear(KEY, 1000, 30)
+    layer = fc.init_linear(KEY, 1000, 300)
     params, x = FORMS[form](layer), jax.random.normal(KEY, (rows, 1000))
     expected = np.asarray(x, np.float64) @ weight_of(params) + np.asarray(layer.bias)
     np.testing.assert_allclose(fc.apply_linear(params, x), expected, rtol=1e-5, atol=1e-5)
