@@ -1,0 +1,1 @@
+"""Helpers that all subpackages share: errors, trees, tables, files, meshes."""

@@ -1,0 +1,73 @@
+"""Layers on meshes with explicit axes.
+
+There the sharding of an array is part of its type, and JAX raises an error for products and
+reshapes whose sharding is ambiguous. Inside a layer the compiler decides; the sharding of the
+result follows from the arguments.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+
+def mesh_of(tree: Any) -> AbstractMesh | None:
+    """The mesh with explicit axes on which arrays are sharded, if any."""
+    meshes = (jax.typeof(array).sharding.mesh for array in jax.tree.leaves(tree))
+    return next((mesh for mesh in meshes if mesh.explicit_axes), None)
+
+
+def spec_of(array: Array) -> tuple[Any, ...]:
+    """The mesh axes, or `None`, of every axis of an array."""
+    return tuple(jax.typeof(array).sharding.spec)
+
+
+def partition(*entries: Any) -> PartitionSpec:
+    """A `PartitionSpec`, with a typed constructor."""
+    return PartitionSpec(*entries)  # type: ignore[no-untyped-call]
+
+
+def on_any_mesh(
+    function: Callable[..., Array], make_spec: Callable[[], Sequence[Any]], *args: Any
+) -> Array:
+    """Returns `function(*args)`; on an explicit mesh, sharded by `make_spec()` as far as it fits.
+
+    `make_spec` is called after `function`, and thus after the arguments have been checked.
+    """
+    mesh = mesh_of(args)
+    if mesh is None:
+        return function(*args)
+
+    def run(spec: PartitionSpec) -> Callable[..., Array]:
+        auto: Callable[..., Array] = jax.sharding.auto_axes(
+            function, axes=mesh.explicit_axes, out_sharding=NamedSharding(mesh, spec)
+        )
+        return auto
+
+    shape = jax.eval_shape(run(partition()), *args).shape
+    return run(fitting_spec(mesh, shape, make_spec()))(*args)
+
+
+def fitting_spec(mesh: AbstractMesh, shape: Sequence[int], spec: Sequence[Any]) -> PartitionSpec:
+    """Drops mesh axes that an earlier axis uses, or that do not divide the size of their axis."""
+    used: set[str] = set()
+    entries = []
+    for size, entry in zip(shape, spec, strict=True):
+        kept: list[str] = []
+        for name in mesh_axes(entry):
+            shards = mesh.shape[name]
+            if name not in used and size % shards == 0:
+                kept.append(name)
+                size //= shards
+        used.update(kept)
+        entries.append(tuple(kept) or None)
+    return partition(*entries)
+
+
+def mesh_axes(entry: Any) -> tuple[str, ...]:
+    """The mesh axes that an entry of a `PartitionSpec` names."""
+    if entry is None:
+        return ()
+    return entry if isinstance(entry, tuple) else (entry,)

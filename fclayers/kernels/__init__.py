@@ -1,0 +1,1 @@
+"""Formulations of products, convolutions and pools for CPUs."""

@@ -1,0 +1,151 @@
+"""The convolution, in the formulation that is fastest for the shape on CPUs.
+
+XLA's CPU backend materializes all patches of a convolution and multiplies them by the kernel. For
+few positions, slices and one product are faster; if the patches do not fit into the caches, tiles
+that do are faster.
+"""
+
+from functools import partial
+from math import prod
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Array
+
+from fclayers._util.dtypes import accumulation_dtype
+from fclayers.kernels.int8 import dequantized, quantized_product
+from fclayers.kernels.product import matrix_product
+from fclayers.kernels.windows import Geometry, pad, positions, taps
+
+# Above the first number of bytes, patches are computed in tiles with the second number of bytes.
+_LARGE_PATCHES = 2**25
+_TILE_PATCHES = 2**22
+
+
+def convolve(
+    x: Array, weight: Array, geometry: Geometry, groups: int, precision: lax.PrecisionLike
+) -> Array:
+    """Convolves `(N, *spatial, in)` with `(*kernel, in // groups, out)`.
+
+    The result of half precision is in float32.
+    """
+    wide = jnp.dtype(accumulation_dtype(x.dtype) or x.dtype)
+
+    def on_accelerators(x: Array, weight: Array) -> Array:
+        return _plain(x, weight, geometry, groups, precision).astype(wide)
+
+    def on_cpu(x: Array, weight: Array) -> Array:
+        x, weight = x.astype(wide), weight.astype(wide)
+        if groups > 1:
+            return _plain(x, weight, geometry, groups, precision)
+        rows = x.shape[0] * prod(positions(x.shape[1:-1], geometry))
+        fan_in, fan_out = prod(weight.shape[:-1]), weight.shape[-1]
+        if not isinstance(rows, int):  # symbolic in an export
+            return _plain(x, weight, geometry, groups, precision)
+        if prod(geometry.kernel) == 1 or rows <= fan_out:
+            return _product_of_patches(x, weight, geometry, precision)
+        if rows * fan_in * wide.itemsize > _LARGE_PATCHES:
+            return _in_tiles(x, weight, geometry, precision)
+        return _plain(x, weight, geometry, groups, precision)
+
+    y: Array = lax.platform_dependent(x, weight, cpu=on_cpu, default=on_accelerators)
+    return y
+
+
+def quantized_convolve(
+    x: Array, weight: Array, scale: Array, geometry: Geometry, precision: lax.PrecisionLike
+) -> Array:
+    """Convolves with an 8-bit integer kernel `(*kernel, in, out)` times `(blocks, out)` scales."""
+    matrix = weight.reshape(-1, weight.shape[-1])
+
+    def at_once(x: Array, matrix: Array, scale: Array) -> Array:
+        kernel = dequantized(matrix, scale, x.dtype).reshape(weight.shape)
+        return convolve(x, kernel, geometry, 1, precision)
+
+    def product_of_patches(x: Array, matrix: Array, scale: Array) -> Array:
+        return quantized_product(_patches(x, geometry), matrix, scale, precision)
+
+    rows = x.shape[0] * prod(positions(x.shape[1:-1], geometry))
+    if isinstance(rows, int) and (prod(geometry.kernel) == 1 or rows <= weight.shape[-1]):
+        y: Array = lax.platform_dependent(x, matrix, scale, cpu=product_of_patches, default=at_once)
+        return y
+    return at_once(x, matrix, scale)
+
+
+def _plain(
+    x: Array, weight: Array, geometry: Geometry, groups: int, precision: lax.PrecisionLike
+) -> Array:
+    spatial = "DHW"[3 - len(geometry.kernel) :]
+    return lax.conv_general_dilated(
+        x,
+        weight,
+        geometry.strides,
+        geometry.padding,
+        rhs_dilation=geometry.dilations,
+        dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
+        feature_group_count=groups,
+        precision=precision,
+    )
+
+
+def _product_of_patches(
+    x: Array, weight: Array, geometry: Geometry, precision: lax.PrecisionLike
+) -> Array:
+    matrix = weight.reshape(prod(weight.shape[:-1]), weight.shape[-1])
+    return matrix_product(_patches(x, geometry), matrix, precision)
+
+
+def _patches(x: Array, geometry: Geometry) -> Array:
+    """The inputs of the kernel at every position, `(N, *positions, kernel * in)`."""
+    x = pad(x, geometry.padding, 0)
+    ndim = len(geometry.kernel)
+    for i in range(ndim):
+        x = jnp.stack(taps(x, i, geometry), axis=1 + ndim + i)
+    return x.reshape(*x.shape[: ndim + 1], prod(geometry.kernel) * x.shape[-1])
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _in_tiles(x: Array, weight: Array, geometry: Geometry, precision: lax.PrecisionLike) -> Array:
+    """One product of patches after the other, for some rows of the first spatial axis each."""
+    batch, outputs = x.shape[0], positions(x.shape[1:-1], geometry)
+    x = pad(x, geometry.padding, 0)
+    bytes_per_row = prod(outputs[1:]) * prod(weight.shape[:-1]) * x.dtype.itemsize
+    num_tiles = -(-outputs[0] // max(1, _TILE_PATCHES // bytes_per_row))
+    rows = -(-outputs[0] // num_tiles)
+    stride, reach = geometry.strides[0], (geometry.kernel[0] - 1) * geometry.dilations[0] + 1
+    unpadded = geometry._replace(padding=((0, 0),) * len(geometry.padding))
+    # The last tile is moved back to be as large as the others; it overwrites with equal values.
+    starts = np.minimum(np.arange(num_tiles) * rows, outputs[0] - rows)
+
+    origin = [0] * len(outputs)
+
+    def add_tile(i: Array, y: Array) -> Array:
+        image, start = i // num_tiles, jnp.asarray(starts)[i % num_tiles]
+        shape = (1, (rows - 1) * stride + reach, *x.shape[2:])
+        tile = lax.dynamic_slice(x, [image, start * stride, *origin], shape)
+        tile = _product_of_patches(tile, weight, unpadded, precision)
+        return lax.dynamic_update_slice(y, tile, [image, start, *origin])
+
+    empty = jnp.zeros((batch, *outputs, weight.shape[-1]), x.dtype)
+    y: Array = lax.fori_loop(0, batch * num_tiles, add_tile, empty)
+    return y
+
+
+@partial(_in_tiles.defjvp, symbolic_zeros=True)
+def _in_tiles_jvp(
+    geometry: Geometry,
+    precision: lax.PrecisionLike,
+    primals: tuple[Array, Array],
+    tangents: tuple[Array | SymbolicZero, Array | SymbolicZero],
+) -> tuple[Array, Array]:
+    (x, weight), (x_dot, weight_dot) = primals, tangents
+    y = _in_tiles(x, weight, geometry, precision)
+    y_dot = jnp.zeros_like(y)
+    if not isinstance(x_dot, SymbolicZero):
+        y_dot += _plain(x_dot, weight, geometry, 1, precision)
+    if not isinstance(weight_dot, SymbolicZero):
+        y_dot += _plain(x, weight_dot, geometry, 1, precision)
+    return y, y_dot
