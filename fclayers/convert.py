@@ -2,41 +2,37 @@
 
 from collections.abc import Sequence
 from math import prod
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from fclayers._checks import check_features, describe
-from fclayers._windows import Geometry, Padding, make_geometry, positions
-from fclayers.conv import ConvLayer, ConvParams
-from fclayers.forms import (
-    Layer,
-    LinearParams,
-    LoraParams,
-    LowRankParams,
-    QuantizedParams,
-    check_layer,
-    is_form,
-)
+from fclayers._util.checks import check_features, check_sizes
+from fclayers._util.errors import BadValue, public
+from fclayers._util.trees import is_layer
+from fclayers.conv import ConvParams, check_conv, check_groups
+from fclayers.kernels.windows import Geometry, Padding, make_geometry, positions
+from fclayers.linear import LinearParams, check_linear
+from fclayers.weights.blockdiagonal import from_groups
+from fclayers.weights.form import dense, layer_shapes, move_inputs
 
 
+@public
 def linear_to_conv(
-    params: Layer,
-    kernel_shape: int | tuple[int, ...] | None = None,
+    params: LinearParams,
+    kernel_shape: tuple[int, ...] | None = None,
     *,
     order: str = "HWC",
-) -> ConvLayer:
-    """Turns a fully connected layer into the convolution that gives the same outputs.
+) -> ConvParams:
+    """Converts a fully connected layer to the convolution with the same outputs.
 
     A layer that follows a feature map becomes a convolution whose kernel is as large as the map; a
     layer that follows another layer becomes a 1×1 convolution. On a larger map the convolution
     gives the layer's outputs for every window.
 
     Args:
-        params: The layer, in any form. Its weight is `(in, out)`, or still has the map's axes in
-            `order`: `(height, width, channels, out)` for `"HWC"`.
+        params: The layer, with a weight in any form, `(in, out)` or with the map's axes in `order`:
+            `(height, width, channels, out)` for `"HWC"`.
         kernel_shape: Height and width of the map that the layer sees, as (depth, height, width) in
             three axes and (width,) in one, whatever the order. Not needed by a weight that has the
             map's axes; a matrix without it becomes a 1×1 kernel.
@@ -45,14 +41,12 @@ def linear_to_conv(
             and MATLAB have.
 
     Returns:
-        `ConvParams` with a weight `(*kernel_shape, channels, out)` that holds the same numbers. Of
-        another form, the same form, for `apply_conv` too: `LowRankParams` with a kernel of `rank`
-        outputs in `down`, `LoraParams` with a convolution as its base, `QuantizedParams` with an
-        int8 kernel.
+        `ConvParams` with a weight `(*kernel_shape, channels, out)` of the same numbers in the same
+        form.
 
     Raises:
-        TypeError: `params` is no form of the layer.
-        ValueError: `order` is no such permutation, the kernel does not divide the weight, or the
+        TypeError: `params` is not a `LinearParams`.
+        ValueError: `order` is not such a permutation, the kernel does not divide the weight, or the
             inputs, quantized in blocks, would change their order.
 
     Example:
@@ -67,46 +61,41 @@ def linear_to_conv(
     Source: Long, Shelhamer and Darrell 2015, "Fully Convolutional Networks for Semantic
     Segmentation".
     """
-    name = "linear_to_conv"
     letters = "DHWC"[-len(order) :]
     if sorted(order) != sorted(letters) or len(order) < 2:
-        raise ValueError(
-            f"{name}: order must be a permutation of 'WC', 'HWC' or 'DHWC', got {order!r}"
-        )
-    _, out_shape = check_layer(name, params)
+        raise BadValue(f"order must be a permutation of 'WC', 'HWC' or 'DHWC', got {order!r}")
+    check_linear(params)
+    in_shape, out_shape = layer_shapes(params)
     if len(out_shape) != 1:
-        raise ValueError(f"{name}: expected one output axis, got a layer to {out_shape}")
-
-    def kernel(weight: Array) -> Array:
-        return _kernel(name, weight, kernel_shape, order, letters)
-
-    match params:
-        case LinearParams(weight, bias):
-            return ConvParams(kernel(weight), bias)
-        case LowRankParams(down, up, bias):
-            return LowRankParams(kernel(down), up, bias)
-        case LoraParams(base, down, up, scale):
-            conv = linear_to_conv(base, kernel_shape, order=order)
-            return LoraParams(conv, kernel(down), up, scale)
-        case QuantizedParams(weight, scale, bias):
-            if len(scale) > 1 and order != letters:
-                raise ValueError(
-                    f"{name}: order {order!r} would tear apart the {len(scale)} blocks of inputs "
-                    f"that the layer is quantized in; convert it first, or use {letters!r}"
-                )
-            return QuantizedParams(kernel(weight), scale, bias)
+        raise BadValue(f"expected one output axis, got a layer to {out_shape}")
+    if len(in_shape) not in (1, len(order)):
+        raise BadValue(
+            f"expected a weight (in, out), or with one axis for each of {order!r} and "
+            f"one for the outputs, got shape {in_shape + out_shape}"
+        )
+    kernel = None if kernel_shape is None else check_sizes("kernel_shape", kernel_shape)
+    one_by_one = len(in_shape) == 1 and (kernel is None or prod(kernel) == 1)
+    weight = move_inputs(
+        params.weight,
+        len(in_shape),
+        lambda array: _kernel(array, kernel, order, letters),
+        keeps_order=order == letters,
+        keeps_last=one_by_one or (len(in_shape) > 1 and order[-1] == "C"),
+    )
+    return ConvParams(weight, params.bias)
 
 
+@public
 def mlp_to_conv(
-    params: Sequence[Layer],
-    kernel_shape: int | tuple[int, ...] | None = None,
+    params: Sequence[LinearParams],
+    kernel_shape: tuple[int, ...] | None = None,
     *,
     order: str = "HWC",
-) -> tuple[ConvLayer, ...]:
-    """Turns a head of fully connected layers into convolutions: the first large, the rest 1×1.
+) -> tuple[ConvParams, ...]:
+    """Converts fully connected layers to convolutions, all but the first to 1×1 convolutions.
 
     Args:
-        params: The layers, such as `(fc6, fc7, fc8)`, each in any form.
+        params: The layers, such as `(fc6, fc7, fc8)`.
         kernel_shape: The first layer's, as in `linear_to_conv`.
         order: The first layer's, as in `linear_to_conv`.
 
@@ -114,8 +103,8 @@ def mlp_to_conv(
         A tuple of convolutions, one per layer, as `linear_to_conv` gives them.
 
     Raises:
-        TypeError: An entry is no form of the layer.
-        ValueError: As `linear_to_conv`, or there is no layer.
+        TypeError: An entry is not a `LinearParams`.
+        ValueError: As in `linear_to_conv`, or there is no layer.
 
     Example:
         >>> import jax
@@ -124,8 +113,8 @@ def mlp_to_conv(
         >>> [layer.weight.shape for layer in fc.mlp_to_conv(head, (7, 7))]
         [(7, 7, 8, 32), (1, 1, 32, 10)]
     """
-    if is_form(params) or not params:
-        raise ValueError("mlp_to_conv: expected a sequence of at least one layer")
+    if is_layer(params) or not params:
+        raise BadValue("expected a sequence of at least one layer")
     first, *rest = params
     one_by_one = "DHWC"[-len(order) :]
     return (
@@ -134,6 +123,7 @@ def mlp_to_conv(
     )
 
 
+@public
 def conv_to_linear(
     params: ConvParams,
     input_shape: tuple[int, ...],
@@ -143,10 +133,10 @@ def conv_to_linear(
     dilation: int | tuple[int, ...] = 1,
     groups: int = 1,
 ) -> LinearParams:
-    """Writes a convolution on maps of one size as the fully connected layer it is.
+    """Converts a convolution on maps of a fixed size to a fully connected layer.
 
     Args:
-        params: The convolution.
+        params: The convolution, with a weight in any form, which is materialized.
         input_shape: Shape of the map, `(*spatial, channels)`.
         stride: As in `apply_conv`.
         padding: As in `apply_conv`.
@@ -169,72 +159,50 @@ def conv_to_linear(
         >>> fc.conv_to_linear(conv, (8, 8, 2)).weight.shape
         (8, 8, 2, 6, 6, 4)
     """
-    name = "conv_to_linear"
-    if not isinstance(params, ConvParams):
-        raise TypeError(f"{name}: expected params to be ConvParams, got {describe(params)}")
-    weight, bias = params
-    shape = check_features(name, "input_shape", input_shape)
-    *kernel, in_per_group, out_channels = weight.shape
+    *kernel, _, out_channels = kernel_shape = check_conv(params)
+    weight, bias = dense(params.weight, len(kernel) + 1), params.bias
+    shape = check_features("input_shape", input_shape)
     if len(shape) != len(kernel) + 1:
-        raise ValueError(
-            f"{name}: input_shape must be (*spatial, channels) with {len(kernel)} spatial axes for "
-            f"a weight of shape {weight.shape}, got {input_shape}"
+        raise BadValue(
+            f"input_shape must be (*spatial, channels) with {len(kernel)} spatial axes for "
+            f"a weight of shape {kernel_shape}, got {input_shape}"
         )
-    if groups < 1 or shape[-1] != in_per_group * groups or out_channels % groups:
-        raise ValueError(
-            f"{name}: with groups={groups} the weight of shape {weight.shape} takes "
-            f"{in_per_group * groups} channels, got input_shape {input_shape}"
-        )
-    geometry = make_geometry(name, shape, tuple(kernel), stride, padding, dilation)
+    check_groups(kernel_shape, groups, "input_shape", input_shape)
+    geometry = make_geometry(shape, tuple(kernel), stride, padding, dilation)
     outputs = positions(shape[:-1], geometry)
     inputs_at, taps_at, outputs_at = _connections(shape[:-1], geometry)
-    blocks = _block_diagonal(weight, groups)[taps_at]
-    dense = jnp.zeros((*shape[:-1], *outputs, shape[-1], out_channels), weight.dtype)
-    dense = dense.at[(*inputs_at, *outputs_at)].set(blocks, unique_indices=True)
-    dense = jnp.moveaxis(dense, -2, len(kernel))
+    taps = (weight if groups == 1 else from_groups(weight, groups))[taps_at]
+    matrix = jnp.zeros((*shape[:-1], *outputs, shape[-1], out_channels), weight.dtype)
+    matrix = matrix.at[(*inputs_at, *outputs_at)].set(taps, unique_indices=True)
+    matrix = jnp.moveaxis(matrix, -2, len(kernel))
     if bias is not None:
         bias = jnp.broadcast_to(bias, (*outputs, out_channels))
-    return LinearParams(dense, bias)
+    return LinearParams(matrix, bias)
 
 
-def _kernel(
-    function: str,
-    weight: Array,
-    kernel_shape: int | tuple[int, ...] | None,
-    order: str,
-    letters: str,
-) -> Array:
-    """A weight `(in, out)`, or with the map's axes in `order`, as `(*kernel, channels, out)`."""
+def _kernel(weight: Array, kernel: tuple[int, ...] | None, order: str, letters: str) -> Array:
+    """A weight `(in, n)`, or with the map's axes in `order`, as `(*kernel, channels, n)`."""
     given = weight.shape
     spatial_ndim = len(order) - 1
     if weight.ndim == 2:
-        kernel = (1,) * spatial_ndim
-        if kernel_shape is not None:
-            kernel = check_features(function, "kernel_shape", kernel_shape)
+        kernel = (1,) * spatial_ndim if kernel is None else kernel
         if len(kernel) != spatial_ndim or not prod(kernel) or weight.shape[0] % prod(kernel):
-            raise ValueError(
-                f"{function}: a kernel of shape {kernel} in order {order!r} does not divide the "
+            raise BadValue(
+                f"a kernel of shape {kernel} in order {order!r} does not divide the "
                 f"{weight.shape[0]} inputs of the weight of shape {weight.shape}"
             )
         sizes = dict(zip(letters, (*kernel, weight.shape[0] // prod(kernel)), strict=True))
         weight = weight.reshape(*(sizes[letter] for letter in order), weight.shape[1])
-    elif weight.ndim != spatial_ndim + 2:
-        raise ValueError(
-            f"{function}: expected a weight (in, out), or with one axis for each of {order!r} and "
-            f"one for the outputs, got shape {weight.shape}"
-        )
     weight = weight.transpose(*(order.index(letter) for letter in letters), -1)
-    if kernel_shape is not None and weight.shape[:-2] != check_features(
-        function, "kernel_shape", kernel_shape
-    ):
-        raise ValueError(
-            f"{function}: kernel_shape is {kernel_shape}, but the weight of shape {given} in order "
+    if kernel is not None and weight.shape[:-2] != kernel:
+        raise BadValue(
+            f"kernel_shape is {kernel}, but the weight of shape {given} in order "
             f"{order!r} has a kernel of shape {weight.shape[:-2]}"
         )
     return weight
 
 
-def _connections(spatial: tuple[int, ...], geometry: Geometry) -> Any:
+def _connections(spatial: tuple[int, ...], geometry: Geometry) -> list[tuple[np.ndarray, ...]]:
     """Index arrays per spatial axis: input, tap and output of every product that is not padding."""
     counts = positions(spatial, geometry)
     per_axis = []
@@ -248,15 +216,3 @@ def _connections(spatial: tuple[int, ...], geometry: Geometry) -> Any:
         tuple(axis[part][choice] for axis, choice in zip(per_axis, choices, strict=True))
         for part in range(3)
     ]
-
-
-def _block_diagonal(weight: Array, groups: int) -> Array:
-    """The kernel with all input channels, zero where a group does not reach."""
-    if groups == 1:
-        return weight
-    *kernel, in_per_group, out_channels = weight.shape
-    split = weight.reshape(*kernel, in_per_group, groups, out_channels // groups)
-    full = jnp.zeros((*kernel, groups, in_per_group, groups, out_channels // groups), weight.dtype)
-    group = np.arange(groups)
-    full = full.at[..., group, :, group, :].set(jnp.moveaxis(split, -2, 0))
-    return full.reshape(*kernel, groups * in_per_group, out_channels)

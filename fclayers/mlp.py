@@ -9,14 +9,16 @@ from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Key, Num
 
-from fclayers._checks import check_count, check_key, describe
-from fclayers._jit import jit
-from fclayers.forms import Layer, LinearParams, is_form
-from fclayers.linear import apply_linear, init_linear
+from fclayers._util.checks import check_count, check_key, describe
+from fclayers._util.errors import BadType, BadValue, public
+from fclayers._util.jit import jit
+from fclayers._util.trees import is_layer
+from fclayers.linear import LinearParams, apply_linear, init_linear
 
 Activation = Callable[[Array], Array]
 
 
+@public
 def init_mlp(
     key: Key[Array, ""],
     sizes: Sequence[int],
@@ -50,13 +52,10 @@ def init_mlp(
         >>> [layer.weight.shape for layer in fc.init_mlp(jax.random.key(0), [64, 128, 10])]
         [(64, 128), (128, 10)]
     """
-    name = "init_mlp"
-    check_key(name, key)
+    check_key(key)
     if not isinstance(sizes, Sequence) or len(sizes) < 2:
-        raise ValueError(
-            f"{name}: sizes must have at least two entries, [in, hidden..., out], got {sizes!r}"
-        )
-    sizes = [check_count(name, f"sizes[{i}]", size) for i, size in enumerate(sizes)]
+        raise BadValue(f"sizes must have at least two entries, [in, hidden..., out], got {sizes!r}")
+    sizes = [check_count(f"sizes[{i}]", size) for i, size in enumerate(sizes)]
     return tuple(
         init_linear(
             layer_key,
@@ -75,7 +74,7 @@ def init_mlp(
 
 @jit("activation", "final_activation", "dropout_rate", "dtype", "precision")
 def apply_mlp(
-    params: Sequence[Layer],
+    params: Sequence[LinearParams],
     x: Num[Array, "*batch in"],
     *,
     activation: Activation = jax.nn.relu,
@@ -88,14 +87,14 @@ def apply_mlp(
     """Applies a multilayer perceptron.
 
     Args:
-        params: The layers, from `init_mlp`, each in any form.
+        params: The layers, as from `init_mlp`, with weights in any form.
         x: Input, features on the last axis, any number of batch axes.
-        activation: Applied after every layer but the last. A function made anew for every call
-            (a `lambda` in a loop) is traced anew every time.
+        activation: Applied after every layer but the last. A new function object for every
+            call (a `lambda` in a loop) causes retracing.
         final_activation: Applied after the last layer. Default: none, the outputs are logits.
         dropout_rate: Probability that a hidden unit is zero; the others are divided by
-            `1 - dropout_rate`. Zero, the default, is the network as it is evaluated.
-        key: The key that dropout needs, a new one for every step.
+            `1 - dropout_rate`. Zero, the default, for evaluation.
+        key: A random key, required by dropout; pass a fresh one at each step.
         dtype: Compute dtype, as in `apply_linear`.
         precision: As in `apply_linear`.
 
@@ -121,20 +120,19 @@ def apply_mlp(
     Source of dropout:
     `Srivastava et al. 2014 <https://jmlr.org/papers/v15/srivastava14a.html>`_.
     """
-    name = "apply_mlp"
-    if not isinstance(params, (tuple, list)) or is_form(params):
-        raise TypeError(
-            f"{name}: expected params to be a sequence of layers such as LinearParams, "
+    if not isinstance(params, (tuple, list)) or is_layer(params):
+        raise BadType(
+            f"expected params to be a sequence of layers such as LinearParams, "
             f"got {describe(params)}"
         )
     if not params:
-        raise ValueError(f"{name}: expected at least one layer, got none")
+        raise BadValue("expected at least one layer, got none")
     if not 0 <= dropout_rate < 1:
-        raise ValueError(f"{name}: dropout_rate must be in [0, 1), got {dropout_rate}")
+        raise BadValue(f"dropout_rate must be in [0, 1), got {dropout_rate}")
     if dropout_rate > 0:
         if key is None:
-            raise ValueError(f"{name}: dropout_rate={dropout_rate} needs a key, got key=None")
-        check_key(name, key)
+            raise BadValue(f"dropout_rate={dropout_rate} needs a key, got key=None")
+        check_key(key)
     *hidden_layers, last_layer = params
     for i, layer in enumerate(hidden_layers):
         x = activation(apply_linear(layer, x, dtype=dtype, precision=precision))

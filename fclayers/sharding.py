@@ -1,53 +1,49 @@
-"""Layers on several devices: which axes of their arrays are divided among which devices.
+"""Layers on several devices: which axes of their arrays are sharded along which mesh axes.
 
 A specification is a tree like the parameters', with a `jax.sharding.PartitionSpec` for every array.
-`shard` lays the arrays out by it; XLA then runs the same functions on all devices at once.
+`shard` places the arrays accordingly; XLA then runs the same functions on all devices.
 """
 
 from collections.abc import Sequence
 from math import prod
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
+from jaxtyping import Array, PyTree
 
-from fclayers._checks import describe
-from fclayers._mesh import mesh_axes, partition
-from fclayers._tree import path_name
+from fclayers._util.checks import describe
+from fclayers._util.errors import BadType, BadValue, public
+from fclayers._util.meshes import mesh_axes, partition
+from fclayers._util.trees import is_layer, layers_in, path_name
 from fclayers.conv import ConvParams
-from fclayers.forms import (
-    Layer,
-    LinearParams,
-    LoraParams,
-    LowRankParams,
-    QuantizedParams,
-    check_layer,
-    is_form,
-)
+from fclayers.linear import LinearParams
+from fclayers.weights.form import is_matrix, layer_shapes, map_axes
 
 Kind = Literal["column", "row", "replicated", "fsdp"]
 MeshAxis = str | tuple[str, ...]
 Params = TypeVar("Params")
 
 
-def linear_specs(params: Any, kind: Kind, *, axis: MeshAxis = "model") -> Any:
-    """Says how the arrays of layers are divided among the devices along a mesh axis.
+@public
+def partition_specs(params: PyTree, kind: Kind, *, mesh_axis: MeshAxis = "model") -> PyTree:
+    """Returns partition specs for the arrays of layers.
 
     Args:
-        params: A layer in any form, a convolution, or any tree with such layers in it. Arrays in no
-            layer are replicated.
-        kind: `"column"` divides the outputs, by the first output axis: every device has some
-            columns of the weight, and that part of the bias. `"row"` divides the inputs, by the
-            first input axis; the bias is replicated. Of a `ConvParams` the two divide the
-            channels. `"replicated"`: every device has it all. `"fsdp"` divides every weight by its
-            longest axis, whatever that means to the layer, and replicates biases and scales.
-        axis: The mesh axis, or several.
+        params: A layer, or any tree with layers in it. Arrays outside of layers are replicated.
+        kind: `"column"` shards the outputs, by the first output axis, and with them the bias.
+            `"row"` shards the inputs, by the first input axis (of a convolution, by the channels);
+            the bias is replicated. `"replicated"` copies all arrays to every device. `"fsdp"`
+            shards every matrix along its longest axis, and replicates biases, scales and
+            magnitudes.
+        mesh_axis: The mesh axis, or several.
 
     Returns:
-        A tree like `params` of `jax.sharding.PartitionSpec`. By `"column"` and `"row"` a low-rank
-        product or an adapter is divided on the side of the outputs or inputs, and whole on the
-        other; so are the scales of an int8 layer by `"column"`.
+        A tree like `params` of `jax.sharding.PartitionSpec`. By `"column"` and `"row"`, of the
+        factors of a low-rank product or an adapter the one with the outputs or inputs is sharded;
+        block-diagonal weights are sharded by their blocks.
 
     Raises:
         TypeError: There is no layer in `params`.
@@ -57,42 +53,42 @@ def linear_specs(params: Any, kind: Kind, *, axis: MeshAxis = "model") -> Any:
         >>> import jax
         >>> import fclayers as fc
         >>> layer = fc.init_linear(jax.random.key(0), 64, 128)
-        >>> fc.linear_specs(layer, "column")
+        >>> fc.partition_specs(layer, "column")
         LinearParams(weight=P(None, 'model'), bias=P('model',))
-        >>> fc.linear_specs(layer, "fsdp", axis="data")
+        >>> fc.partition_specs(layer, "fsdp", mesh_axis="data")
         LinearParams(weight=P(None, 'data'), bias=P())
 
     Source: columns and rows are those of
     `Shoeybi et al. 2019, Megatron-LM <https://arxiv.org/abs/1909.08053>`_, section 3; `"fsdp"` is
     stage 3 of `Rajbhandari et al. 2019, ZeRO <https://arxiv.org/abs/1910.02054>`_.
     """
-    name = "linear_specs"
     if kind not in ("column", "row", "replicated", "fsdp"):
-        raise ValueError(
-            f"{name}: kind must be 'column', 'row', 'replicated' or 'fsdp', got {kind!r}"
-        )
-    if not any(map(_is_layer, jax.tree.leaves(params, is_leaf=_is_layer))):
-        raise TypeError(f"{name}: expected params to have a layer in it, got {describe(params)}")
+        raise BadValue(f"kind must be 'column', 'row', 'replicated' or 'fsdp', got {kind!r}")
+    if not layers_in(params):
+        raise BadType(f"expected params to have a layer in it, got {describe(params)}")
 
-    def specs(node: Any) -> Any:
-        return _layer_specs(name, node, kind, axis) if _is_layer(node) else partition()
+    def specs(node: PyTree) -> PyTree:
+        return _layer_specs(node, kind, mesh_axis) if is_layer(node) else partition()
 
-    return jax.tree.map(specs, params, is_leaf=_is_layer)
+    return jax.tree.map(specs, params, is_leaf=is_layer)
 
 
-def mlp_specs(params: Sequence[Layer], *, axis: MeshAxis = "model") -> tuple[Any, ...]:
-    """Says how to divide a multilayer perceptron so that a pair of layers costs one all-reduce.
+@public
+def mlp_specs(
+    params: Sequence[LinearParams], *, mesh_axis: MeshAxis = "model"
+) -> tuple[LinearParams, ...]:
+    """Returns partition specs for a multilayer perceptron with one all-reduce per pair of layers.
 
-    Every second layer, from the first, is divided by its outputs, the next by its inputs: what the
-    one has left on a device is what the other needs there, and their sum is one all-reduce. The
-    last of an odd number of layers is replicated: its outputs, such as ten classes, are few.
+    The first layer of each pair is sharded by its outputs, the second by its inputs, so
+    that only the sum of the latter's products is an all-reduce. The last of an odd number of layers
+    is replicated: its outputs, such as ten classes, are few.
 
     Args:
         params: The layers, as `apply_mlp` takes them.
-        axis: The mesh axis, or several.
+        mesh_axis: The mesh axis, or several.
 
     Returns:
-        A tuple with the specifications of `linear_specs` for every layer.
+        A tuple with the specs of `partition_specs` for every layer.
 
     Raises:
         TypeError: `params` is not a sequence of layers.
@@ -107,36 +103,36 @@ def mlp_specs(params: Sequence[Layer], *, axis: MeshAxis = "model") -> tuple[Any
         LinearParams(weight=P('model', None), bias=P())
         LinearParams(weight=P(), bias=P())
     """
-    name = "mlp_specs"
-    if not isinstance(params, (tuple, list)) or is_form(params) or not all(map(is_form, params)):
-        raise TypeError(
-            f"{name}: expected params to be a sequence of layers such as LinearParams, "
+    if not isinstance(params, (tuple, list)) or is_layer(params) or not all(map(is_layer, params)):
+        raise BadType(
+            f"expected params to be a sequence of layers such as LinearParams, "
             f"got {describe(params)}"
         )
     pair: tuple[Kind, ...] = ("column", "row")
     last: tuple[Kind, ...] = ("replicated",)
     kinds = pair * (len(params) // 2) + last * (len(params) % 2)
     return tuple(
-        _layer_specs(name, layer, kind, axis) for layer, kind in zip(params, kinds, strict=True)
+        _layer_specs(layer, kind, mesh_axis) for layer, kind in zip(params, kinds, strict=True)
     )
 
 
-def shard(params: Params, mesh: Mesh, specs: Any) -> Params:
-    """Lays out arrays on the devices of a mesh.
+@public
+def shard(params: Params, mesh: Mesh, specs: PyTree) -> Params:
+    """Places arrays on the devices of a mesh.
 
     Args:
         params: Arrays, or any tree of them: parameters, an optimizer's state, a batch. On a mesh of
             several processes, every process must pass the same values, or arrays on that mesh.
         mesh: From `jax.make_mesh`, with explicit or auto axes.
-        specs: A tree like `params`, from `linear_specs`, `mlp_specs` or written by hand, with a
+        specs: A tree like `params`, from `partition_specs`, `mlp_specs` or written by hand, with a
             `jax.sharding.PartitionSpec` for every array.
 
     Returns:
         The arrays, each with a `jax.sharding.NamedSharding`.
 
     Raises:
-        TypeError: `mesh` is not a `jax.sharding.Mesh`, or there is something else than a
-            `PartitionSpec` in `specs`.
+        TypeError: `mesh` is not a `jax.sharding.Mesh`, or an entry of `specs` is not a
+            `PartitionSpec`.
         ValueError: `specs` is not a tree like `params`, or names an axis that the array or the mesh
             does not have, or one that does not divide evenly.
 
@@ -149,94 +145,79 @@ def shard(params: Params, mesh: Mesh, specs: Any) -> Params:
         >>> params[0].weight.sharding.spec
         P(None, 'model')
     """
-    name = "shard"
     if not isinstance(mesh, Mesh):
-        raise TypeError(f"{name}: expected mesh to be a jax.sharding.Mesh, got {describe(mesh)}")
-    structure: Any = jax.tree.structure(params)
-    leaves, actual = jax.tree.flatten(specs, is_leaf=_is_spec)
-    if actual != structure:
-        raise ValueError(f"{name}: expected specs to be a tree like {structure}, got {actual}")
+        raise BadType(f"expected mesh to be a jax.sharding.Mesh, got {describe(mesh)}")
+    paths, structure = jax.tree.flatten_with_path({"params": params})
+    leaves, actual = jax.tree.flatten({"params": specs}, is_leaf=_is_spec)
+    if str(actual) != str(structure):
+        raise BadValue(f"expected specs to be a tree like {structure}, got {actual}")
     for spec in leaves:
         if not _is_spec(spec):
-            raise TypeError(f"{name}: expected specs of PartitionSpec, got {describe(spec)}")
-    arrays = jax.tree.leaves_with_path(params)
+            raise BadType(f"expected specs of PartitionSpec, got {describe(spec)}")
     problems = [
-        f"{'.'.join(filter(None, ['params', path_name(path)]))} {problem}"
-        for (path, array), spec in zip(arrays, leaves, strict=True)
+        f"{path_name(path)} {problem}"
+        for (path, array), spec in zip(paths, leaves, strict=True)
         if (problem := _misfit(np.shape(array), mesh, spec))
     ]
     if problems:
-        raise ValueError("\n  ".join([f"{name}: nothing was laid out, because", *problems]))
+        raise BadValue("\n  ".join(["nothing was laid out, because", *problems]))
 
-    def put(array: Any, spec: PartitionSpec) -> Any:
+    def put(array: ArrayLike, spec: PartitionSpec) -> Array:
         sharding = NamedSharding(mesh, spec)
         whole = getattr(array, "is_fully_addressable", True)
         if not mesh.is_multi_process or not whole:
-            return jax.device_put(array, sharding)
+            placed: Array = jax.device_put(array, sharding)
+            return placed
         host = np.asarray(array)
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
-    laid_out: Params = jax.tree.map(put, params, jax.tree.unflatten(structure, leaves))
+    laid_out: Params = jax.tree.map(put, params, specs)
     return laid_out
 
 
-def _is_layer(node: Any) -> bool:
-    return is_form(node) or isinstance(node, ConvParams)
-
-
-def _is_spec(node: Any) -> bool:
+def _is_spec(node: object) -> bool:
     return isinstance(node, PartitionSpec)
 
 
-def _layer_specs(
-    function: str, layer: Any, kind: Kind, axis: MeshAxis, in_ndim: int | None = None
-) -> Any:
-    """The specifications of one layer; where it has no bias, `in_ndim` says where outputs begin."""
+def _layer_specs(layer: PyTree, kind: Kind, mesh_axis: MeshAxis) -> PyTree:
+    in_shape, _ = layer_shapes(layer)
 
-    def along(array: Any, place: int | None) -> Any:
-        if place is None or place >= array.ndim:
-            return partition()
-        return partition(*(axis if i == place else None for i in range(array.ndim)))
+    def spec(array: Array, names: list[str]) -> PartitionSpec:
+        place: int | None = None
+        if kind == "fsdp" and is_matrix(names):
+            place = max(range(array.ndim), key=array.shape.__getitem__)
+        elif kind in ("column", "row") and "group" in names:
+            place = names.index("group")
+        elif kind == "column" and "out" in names:
+            place = names.index("out")
+        elif kind == "row" and "in" in names:
+            channels = isinstance(layer, ConvParams)
+            place = len(in_shape) - 1 if channels else names.index("in")
+        return partition() if place is None else _along(place, array.ndim, mesh_axis)
 
-    def weight(array: Any, first_input: int | None, first_output: int | None) -> Any:
-        longest = max(range(array.ndim), key=array.shape.__getitem__, default=None)
-        return along(array, {"column": first_output, "row": first_input, "fsdp": longest}.get(kind))
-
-    def per_output(array: Any, first_output: int = 0) -> Any:
-        return None if array is None else along(array, first_output if kind == "column" else None)
-
-    if isinstance(layer, ConvParams):
-        ndim = layer.weight.ndim
-        return ConvParams(weight(layer.weight, ndim - 2, ndim - 1), per_output(layer.bias))
-    if isinstance(layer, LoraParams):
-        base = _layer_specs(function, layer.base, kind, axis, layer.down.ndim - 1)
-        down, up, scale = weight(layer.down, 0, None), weight(layer.up, None, 1), along(None, None)
-        return LoraParams(base, down, up, scale)
-    in_ndim = len(check_layer(function, layer, in_ndim)[0])
-    first_input = 0 if in_ndim else None
-    match layer:
-        case LinearParams(matrix, bias):
-            return LinearParams(weight(matrix, first_input, in_ndim), per_output(bias))
-        case LowRankParams(down, up, bias):
-            down, up = weight(down, first_input, None), weight(up, None, 1)
-            return LowRankParams(down, up, per_output(bias))
-        case QuantizedParams(matrix, scale, bias):
-            matrix = weight(matrix, first_input, in_ndim)
-            return QuantizedParams(matrix, per_output(scale, 1), per_output(bias))
+    bias = layer.bias
+    if bias is not None:
+        sharded = kind == "column" and bias.ndim
+        bias = _along(0, bias.ndim, mesh_axis) if sharded else partition()
+    return layer._replace(weight=map_axes(spec, layer.weight, len(in_shape)), bias=bias)
 
 
-def _misfit(shape: tuple[int, ...], mesh: Mesh, spec: Any) -> str | None:
+def _along(place: int, ndim: int, mesh_axis: MeshAxis) -> PartitionSpec:
+    return partition(*(mesh_axis if i == place else None for i in range(ndim)))
+
+
+def _misfit(shape: tuple[int, ...], mesh: Mesh, spec: PartitionSpec) -> str | None:
     """What is wrong with the specification of an array of this shape, if anything."""
     if len(spec) > len(shape):
         return f"has shape {shape}, too few axes for {spec}"
     for size, entry in zip(shape, spec, strict=False):
         unknown = [name for name in mesh_axes(entry) if name not in mesh.shape]
         if unknown:
-            return f"is divided along {unknown[0]!r}, the mesh has the axes {mesh.axis_names}"
+            return f"is sharded along {unknown[0]!r}, the mesh has the axes {mesh.axis_names}"
         parts = prod(mesh.shape[name] for name in mesh_axes(entry))
         if size % parts:
             return (
-                f"has shape {shape}, whose axis of size {size} cannot be divided among "
+                f"has shape {shape}, whose axis of size {size} cannot be sharded over "
                 f"{parts} devices along {entry!r}"
             )
     return None

@@ -1,0 +1,3 @@
+"""Forms of weights, one file per form."""
+
+import fclayers.weights.table  # noqa: F401 (registers the forms)
