@@ -1,24 +1,26 @@
 """Rules for primitives with windows of their own: convolutions, pools, reductions of the window."""
 
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.extend.core import JaxprEqn
 from jaxtyping import Array
 
-from fclayers._convolution import convolve
-from fclayers._pooling import Pool, reduce_windows
-from fclayers._windows import Geometry
-from fclayers.slide.elementwise import bind
-from fclayers.slide.values import (
+from fclayers.kernels.convolution import convolve
+from fclayers.kernels.pooling import Pool, reduce_windows
+from fclayers.kernels.windows import Geometry, Pairs
+from fclayers.sliding.equations import aval, bind, bind_one, out_shapes
+from fclayers.sliding.layout import drop_atom
+from fclayers.sliding.values import (
     Atom,
     Grid,
     Unshared,
     Value,
     axis_of,
     dense,
-    drop_atom,
     make_value,
     over_positions,
     per_dim,
@@ -26,8 +28,17 @@ from fclayers.slide.values import (
     window_atom,
 )
 
+Kind = Literal["max", "min", "sum"]
+Sizes = tuple[int, ...]
 
-def conv(grid: Grid, eqn: Any, lhs: Value, rhs: Value) -> Value:
+_POOLS: dict[str, Kind] = {
+    "reduce_window_max": "max",
+    "reduce_window_min": "min",
+    "reduce_window_sum": "sum",
+}
+
+
+def conv(grid: Grid, eqn: JaxprEqn, lhs: Value, rhs: Value) -> Value:
     params = eqn.params
     (batch, feature, *spatial), _, out_spec = params["dimension_numbers"]
     if any(atom.axis is not None for atom in rhs.atoms):
@@ -37,7 +48,7 @@ def conv(grid: Grid, eqn: Any, lhs: Value, rhs: Value) -> Value:
         raise Unshared("convolves with a window axis as its features")
     if atoms[batch].axis is not None and params["batch_group_count"] > 1:
         raise Unshared("splits a window axis into groups")
-    shape = eqn.outvars[0].aval.shape
+    shape = out_shapes(eqn)[0]
     steps = [
         _window_step(grid, atoms[dim], shape[out], *geometry)
         for dim, out, geometry in zip(
@@ -66,14 +77,14 @@ def conv(grid: Grid, eqn: Any, lhs: Value, rhs: Value) -> Value:
     return make_value(array, out_atoms, positions)
 
 
-def reduce_window(grid: Grid, eqn: Any, *values: Value) -> list[Value]:
+def reduce_window(grid: Grid, eqn: JaxprEqn, *values: Value) -> list[Value]:
     """For sums, maxima, minima, and with any function; initial values come last, if at all."""
     params = eqn.params
     operands = values[: len(eqn.outvars)]
     split = [per_dim(value) for value in operands]
     if any(atoms != split[0][1] for _, atoms in split):
         raise Unshared("reduces windows of values that lie differently in the window")
-    shape = eqn.outvars[0].aval.shape
+    shape = out_shapes(eqn)[0]
     steps = [
         _window_step(grid, *geometry)
         for geometry in zip(
@@ -88,55 +99,57 @@ def reduce_window(grid: Grid, eqn: Any, *values: Value) -> list[Value]:
     ]
     strides, padding, dilations, kept = zip(*steps, strict=True)
     arrays, positions = over_positions(
-        lambda *arrays: _reduce(
-            eqn, *arrays, strides=strides, padding=padding, dilations=dilations
-        ),
+        lambda *arrays: _reduce(eqn, arrays, strides, padding, dilations),
         *(dense(value) for value, _ in split),
         *values[len(operands) :],
     )
-    if not eqn.primitive.multiple_results:
-        arrays = [arrays]
     return [make_value(array, kept, positions) for array in arrays]
 
 
-def _convolve(eqn: Any, lhs: Array, rhs: Array, strides: Any, padding: Any, dilations: Any) -> Any:
-    """As the equation does, on CPUs in the formulation that is fastest for the shape."""
+def _convolve(
+    eqn: JaxprEqn, lhs: Array, rhs: Array, strides: Sizes, padding: Pairs, dilations: Sizes
+) -> Array:
+    """What the equation does, on CPUs in the formulation that is fastest for the shape."""
     params = eqn.params
     (batch, feature, *spatial), (out, in_, *kernel_axes), out_spec = params["dimension_numbers"]
 
-    def as_it_is(lhs: Array, rhs: Array) -> Any:
-        return bind(eqn, lhs, rhs, window_strides=strides, padding=padding, rhs_dilation=dilations)
+    def plain(lhs: Array, rhs: Array) -> Array:
+        geometry = {"window_strides": strides, "padding": padding, "rhs_dilation": dilations}
+        return bind_one(eqn, lhs, rhs, **geometry)
 
-    def channels_last(lhs: Array, rhs: Array) -> Any:
+    def channels_last(lhs: Array, rhs: Array) -> Array:
         kernel = rhs.transpose(*kernel_axes, in_, out)
         geometry = Geometry(kernel.shape[:-2], strides, padding, dilations)
         x = lhs.transpose(batch, *spatial, feature)
         y = convolve(x, kernel, geometry, params["feature_group_count"], params["precision"])
         return jnp.moveaxis(y, range(y.ndim), (out_spec[0], *out_spec[2:], out_spec[1]))
 
-    usual = lhs.dtype == rhs.dtype == eqn.outvars[0].aval.dtype and lhs.dtype.itemsize >= 4
+    usual = lhs.dtype == rhs.dtype == aval(eqn.outvars[0]).dtype and lhs.dtype.itemsize >= 4
     if (
         usual
         and 1 <= len(spatial) <= 3
         and params["batch_group_count"] == 1
         and set(params["lhs_dilation"]) == {1}
     ):
-        return lax.platform_dependent(lhs, rhs, cpu=channels_last, default=as_it_is)
-    return as_it_is(lhs, rhs)
+        y: Array = lax.platform_dependent(lhs, rhs, cpu=channels_last, default=plain)
+        return y
+    return plain(lhs, rhs)
 
 
-def _reduce(eqn: Any, *arrays: Array, strides: Any, padding: Any, dilations: Any) -> Any:
-    kind = eqn.primitive.name.removeprefix("reduce_window_")
-    if kind in ("max", "min", "sum") and set(eqn.params["base_dilation"]) == {1}:
+def _reduce(
+    eqn: JaxprEqn, arrays: Sequence[Array], strides: Sizes, padding: Pairs, dilations: Sizes
+) -> list[Array]:
+    kind = _POOLS.get(eqn.primitive.name)
+    if kind and set(eqn.params["base_dilation"]) == {1}:
         window = eqn.params["window_dimensions"]
-        return reduce_windows(arrays[0], kind, Pool(window, strides, padding, dilations))
+        return [reduce_windows(arrays[0], kind, Pool(window, strides, padding, dilations))]
     return bind(eqn, *arrays, window_strides=strides, padding=padding, window_dilation=dilations)
 
 
-def reduction(kind: Literal["max", "min", "sum"]) -> Any:
+def reduction(kind: Kind) -> Callable[[Grid, JaxprEqn, Value], Value]:
     """The rule for a reduction of dimensions; of window axes, it is a pool as large as the map."""
 
-    def rule(grid: Grid, eqn: Any, value: Value) -> Value:
+    def rule(grid: Grid, eqn: JaxprEqn, value: Value) -> Value:
         value = dense(value)
         axes = eqn.params["axes"]
         reduced = [i in axes for i, dim in enumerate(value.dims) for _ in dim]
@@ -148,7 +161,7 @@ def reduction(kind: Literal["max", "min", "sum"]) -> Any:
         array, positions = value.array, value.positions
         if plain:
             array, positions = over_positions(
-                lambda array: bind(eqn, array, axes=tuple(plain)), value
+                lambda array: bind_one(eqn, array, axes=tuple(plain)), value
             )
         dims = tuple(
             tuple(atom for atom in dim if i not in axes or atom.axis is not None)
@@ -163,9 +176,7 @@ def reduction(kind: Literal["max", "min", "sum"]) -> Any:
     return rule
 
 
-def _reduce_window_atom(
-    grid: Grid, value: Value, atom: Atom, kind: Literal["max", "min", "sum"]
-) -> Value:
+def _reduce_window_atom(grid: Grid, value: Value, atom: Atom, kind: Kind) -> Value:
     axis = len(value.positions) + value.atoms.index(atom)
     q = step(grid, atom)
     window, strides, dilations = np.ones((3, value.array.ndim), int)

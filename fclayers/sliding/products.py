@@ -2,20 +2,29 @@
 
 from collections.abc import Sequence
 from math import prod
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.extend.core import JaxprEqn
 from jaxtyping import Array
 
-from fclayers._convolution import convolve
-from fclayers._windows import Geometry
-from fclayers.slide.elementwise import bind
-from fclayers.slide.values import Atom, Grid, Unshared, Value, axis_of, dense, over_positions, step
+from fclayers.kernels.convolution import convolve
+from fclayers.kernels.windows import Geometry
+from fclayers.sliding.equations import aval, bind_one
+from fclayers.sliding.values import (
+    Atom,
+    Grid,
+    Unshared,
+    Value,
+    axis_of,
+    dense,
+    over_positions,
+    step,
+)
 
 
-def dot_general(grid: Grid, eqn: Any, lhs: Value, rhs: Value) -> Value:
+def dot_general(grid: Grid, eqn: JaxprEqn, lhs: Value, rhs: Value) -> Value:
     (lhs_contracted, rhs_contracted), _ = eqn.params["dimension_numbers"]
     lhs, rhs = dense(lhs), dense(rhs)
     match _has_window(lhs, lhs_contracted), _has_window(rhs, rhs_contracted):
@@ -29,8 +38,8 @@ def dot_general(grid: Grid, eqn: Any, lhs: Value, rhs: Value) -> Value:
     raise Unshared("multiplies two values along the window")
 
 
-def _dot_inside(eqn: Any, lhs: Value, rhs: Value) -> Value:
-    """No window axis is contracted: they are free, and stay where they are."""
+def _dot_inside(eqn: JaxprEqn, lhs: Value, rhs: Value) -> Value:
+    """No window axis is contracted; they stay where they are."""
     (lhs_contracted, rhs_contracted), (lhs_batch, rhs_batch) = eqn.params["dimension_numbers"]
     axes = [{atom.axis for atom in value.atoms if atom.axis is not None} for value in (lhs, rhs)]
     if axes[0] & axes[1] or _has_window(lhs, lhs_batch) or _has_window(rhs, rhs_batch):
@@ -42,7 +51,7 @@ def _dot_inside(eqn: Any, lhs: Value, rhs: Value) -> Value:
         for left, right in ((lhs_contracted, rhs_contracted), (lhs_batch, rhs_batch))
     )
     array, positions = over_positions(
-        lambda lhs, rhs: bind(eqn, lhs, rhs, dimension_numbers=numbers), lhs, rhs
+        lambda lhs, rhs: bind_one(eqn, lhs, rhs, dimension_numbers=numbers), lhs, rhs
     )
     dims = [lhs.dims[i] for i in lhs_batch]
     dims += [d for i, d in enumerate(lhs.dims) if i not in (*lhs_contracted, *lhs_batch)]
@@ -52,13 +61,13 @@ def _dot_inside(eqn: Any, lhs: Value, rhs: Value) -> Value:
 
 def _dot_over_windows(
     grid: Grid,
-    eqn: Any,
+    eqn: JaxprEqn,
     shared: Value,
     other: Value,
     shared_contracted: Sequence[int],
     other_contracted: Sequence[int],
 ) -> Value:
-    """A convolution whose kernel is the other operand, as large as the map it is for."""
+    """A convolution whose kernel is the other operand, as large as the map."""
     if eqn.params["dimension_numbers"][1][0]:
         raise Unshared("multiplies a batch of matrices over the window")
     if any(atom.axis is not None for atom in other.atoms):
@@ -81,7 +90,7 @@ def _dot_over_windows(
         ((0, 0),) * len(windows),
         tuple(atom.pitch // step(grid, atom) for atom in windows),
     )
-    dtype = eqn.outvars[0].aval.dtype
+    dtype = aval(eqn.outvars[0]).dtype
     counts = [grid.counts[axis_of(atom)] for atom in windows]
 
     def multiply(shared: Array, other: Array) -> Array:
@@ -117,7 +126,7 @@ def _kernel(array: Array, contracted_axes: Sequence[int], atoms: Sequence[Atom])
 
 def _merge_dims(value: Value, dims: Sequence[int]) -> tuple[Value, dict[int, int]]:
     """Gives each of these dimensions one array axis; returns which."""
-    lengths = iter(value.array.shape[len(value.positions) :])
+    lengths = iter(value.lengths)
     shape: list[int] = []
     merged: list[tuple[Atom, ...]] = []
     axes = {}
@@ -130,7 +139,7 @@ def _merge_dims(value: Value, dims: Sequence[int]) -> tuple[Value, dict[int, int
         else:
             shape += own
             merged.append(dim)
-    array = value.array.reshape(*value.array.shape[: len(value.positions)], *shape)
+    array = value.array.reshape(*value.leading, *shape)
     return Value(array, tuple(merged), value.positions), axes
 
 

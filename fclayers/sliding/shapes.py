@@ -1,36 +1,35 @@
 """Rules for primitives that move, add, drop, cut and join dimensions, and that go along one."""
 
-from typing import Any
+from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.extend.core import JaxprEqn
 from jaxtyping import Array
 
-from fclayers.slide.elementwise import bind
-from fclayers.slide.values import (
+from fclayers.sliding.equations import bind, bind_one, out_shapes
+from fclayers.sliding.layout import align, align_per_dim, position_single_elements, reshape
+from fclayers.sliding.values import (
     Atom,
     Grid,
     Unshared,
     Value,
-    align,
     dense,
     make_value,
     over_positions,
     per_dim,
-    position_single_elements,
-    reshape,
     step,
     window_atom,
 )
 
 
-def reshape_rule(grid: Grid, eqn: Any, value: Value) -> Value:
+def reshape_rule(grid: Grid, eqn: JaxprEqn, value: Value) -> Value:
     """For reshape and squeeze."""
-    return reshape(grid, value, eqn.outvars[0].aval.shape)
+    return reshape(grid, value, out_shapes(eqn)[0])
 
 
-def transpose(grid: Grid, eqn: Any, value: Value) -> Value:
+def transpose(grid: Grid, eqn: JaxprEqn, value: Value) -> Value:
     order = eqn.params["permutation"]
     start = len(value.positions)
     ends = np.cumsum([start, *map(len, value.dims)])
@@ -39,7 +38,7 @@ def transpose(grid: Grid, eqn: Any, value: Value) -> Value:
     return Value(array, tuple(value.dims[dim] for dim in order), value.positions)
 
 
-def broadcast_in_dim(grid: Grid, eqn: Any, value: Value) -> Value:
+def broadcast_in_dim(grid: Grid, eqn: JaxprEqn, value: Value) -> Value:
     shape = eqn.params["shape"]
     places = eqn.params["broadcast_dimensions"]
     for dim, place in zip(value.dims, places, strict=True):
@@ -48,16 +47,15 @@ def broadcast_in_dim(grid: Grid, eqn: Any, value: Value) -> Value:
             value = position_single_elements(grid, value, axes)
     dims: list[tuple[Atom, ...]] = [(Atom(n, uniform=True),) if n != 1 else () for n in shape]
     lengths = [[1] * len(dim) for dim in dims]
-    own = iter(value.array.shape[len(value.positions) :])
+    own = iter(value.lengths)
     for dim, place in zip(value.dims, places, strict=True):
         if dim:
             dims[place], lengths[place] = dim, [next(own) for _ in dim]
-    leading = value.array.shape[: len(value.positions)]
-    array = value.array.reshape(*leading, *(n for dim in lengths for n in dim))
+    array = value.array.reshape(*value.leading, *(n for dim in lengths for n in dim))
     return Value(array, tuple(dims), value.positions)
 
 
-def iota(grid: Grid, eqn: Any) -> Value:
+def iota(grid: Grid, eqn: JaxprEqn) -> Value:
     shape, dimension = eqn.params["shape"], eqn.params["dimension"]
     array = lax.iota(eqn.params["dtype"], shape[dimension])
     atoms = [Atom(n, uniform=i != dimension) for i, n in enumerate(shape)]
@@ -65,13 +63,13 @@ def iota(grid: Grid, eqn: Any) -> Value:
     return make_value(array, atoms)
 
 
-def slice_rule(grid: Grid, eqn: Any, value: Value) -> Value:
+def slice_rule(grid: Grid, eqn: JaxprEqn, value: Value) -> Value:
     value, atoms = per_dim(value)
     starts, limits = eqn.params["start_indices"], eqn.params["limit_indices"]
     strides = eqn.params["strides"] or (1,) * len(starts)
     cuts, kept = [], []
     for atom, start, limit, stride, size in zip(
-        atoms, starts, limits, strides, eqn.outvars[0].aval.shape, strict=True
+        atoms, starts, limits, strides, out_shapes(eqn)[0], strict=True
     ):
         cut, out = (start, limit, stride), Atom(size)
         if atom.axis is not None:
@@ -84,11 +82,11 @@ def slice_rule(grid: Grid, eqn: Any, value: Value) -> Value:
     return make_value(array, kept, positions)
 
 
-def pad(grid: Grid, eqn: Any, value: Value, fill: Value) -> Value:
+def pad(grid: Grid, eqn: JaxprEqn, value: Value, fill: Value) -> Value:
     value, atoms = per_dim(value)
     config, padded = [], []
     for atom, (low, high, interior), size in zip(
-        atoms, eqn.params["padding_config"], eqn.outvars[0].aval.shape, strict=True
+        atoms, eqn.params["padding_config"], out_shapes(eqn)[0], strict=True
     ):
         out = Atom(size)
         if atom.axis is not None:
@@ -98,7 +96,9 @@ def pad(grid: Grid, eqn: Any, value: Value, fill: Value) -> Value:
         config.append((low, high, interior))
         padded.append(out)
     array, positions = over_positions(
-        lambda array, fill: bind(eqn, array, fill, padding_config=tuple(config)), dense(value), fill
+        lambda array, fill: bind_one(eqn, array, fill, padding_config=tuple(config)),
+        dense(value),
+        fill,
     )
     return make_value(array, padded, positions)
 
@@ -115,26 +115,26 @@ def pad_window_atom(
     return low * scale, high * scale, atom._replace(size=size)
 
 
-def concatenate(grid: Grid, eqn: Any, *values: Value) -> Value:
+def concatenate(grid: Grid, eqn: JaxprEqn, *values: Value) -> Value:
     axis = eqn.params["dimension"]
     if any(atom.axis is not None for value in values for atom in value.dims[axis]):
         raise Unshared("joins along the window")
-    fitted = [dense(value) for value in align(grid, values, but=axis)]
+    fitted = [dense(value) for value in align(values, but=axis)]
     array, positions = over_positions(lambda *arrays: lax.concatenate(arrays, axis), *fitted)
     atoms = list(fitted[0].atoms)
-    atoms[axis] = Atom(eqn.outvars[0].aval.shape[axis])
+    atoms[axis] = Atom(out_shapes(eqn)[0][axis])
     return make_value(array, atoms, positions)
 
 
-def stack(grid: Grid, eqn: Any, *values: Value) -> Value:
+def stack(grid: Grid, eqn: JaxprEqn, *values: Value) -> Value:
     axis = eqn.params["axis"]
-    fitted = [dense(per_dim(value)[0]) for value in align(grid, values)]
+    fitted = align_per_dim(values)
     array, positions = over_positions(lambda *arrays: jnp.stack(arrays, axis), *fitted)
     atoms = list(fitted[0].atoms)
     return make_value(array, [*atoms[:axis], Atom(len(values)), *atoms[axis:]], positions)
 
 
-def split(grid: Grid, eqn: Any, value: Value) -> list[Value]:
+def split(grid: Grid, eqn: JaxprEqn, value: Value) -> list[Value]:
     value, atoms = per_dim(value)
     axis = eqn.params["axis"]
     if atoms[axis].axis is not None:
@@ -147,21 +147,18 @@ def split(grid: Grid, eqn: Any, value: Value) -> list[Value]:
     return outs
 
 
-def along(parameter: str) -> Any:
+def along(parameter: str) -> Callable[..., list[Value]]:
     """The rule for primitives along the dimensions that a parameter names, sorts and the like."""
 
-    def rule(grid: Grid, eqn: Any, *values: Value) -> list[Value]:
+    def rule(grid: Grid, eqn: JaxprEqn, *values: Value) -> list[Value]:
         axes = np.atleast_1d(eqn.params[parameter])
-        fitted = [dense(per_dim(value)[0]) for value in align(grid, values)]
+        fitted = align_per_dim(values)
         atoms = fitted[0].atoms
         if any(atoms[axis].axis is not None for axis in axes):
             raise Unshared("goes along the window")
         arrays, positions = over_positions(lambda *arrays: bind(eqn, *arrays), *fitted)
         outs = []
-        for array, var in zip(
-            arrays if eqn.primitive.multiple_results else [arrays], eqn.outvars, strict=True
-        ):
-            shape = var.aval.shape
+        for array, shape in zip(arrays, out_shapes(eqn), strict=True):
             kept = [i for i in range(len(atoms)) if len(shape) == len(atoms) or i not in axes]
             out = [
                 atoms[i] if atoms[i].axis is not None else Atom(n)
@@ -173,16 +170,16 @@ def along(parameter: str) -> Any:
     return rule
 
 
-def dynamic_slice(grid: Grid, eqn: Any, value: Value, *starts: Value) -> Value:
+def dynamic_slice(grid: Grid, eqn: JaxprEqn, value: Value, *starts: Value) -> Value:
     """Along plain dimensions; window axes must be taken whole."""
     value, atoms = per_dim(value)
     sizes = list(eqn.params["slice_sizes"])
     value = dense(value)
-    lengths = value.array.shape[len(value.positions) :]
+    lengths = value.lengths
     for i, atom in enumerate(atoms):
         if atom.axis is not None:
             if sizes[i] != atom.size:
-                raise Unshared("cuts the window at a place that is not known beforehand")
+                raise Unshared("cuts the window at a place that depends on data")
             sizes[i] = lengths[i]
 
     def cut(array: Array, *starts: Array) -> Array:
@@ -197,8 +194,8 @@ def dynamic_slice(grid: Grid, eqn: Any, value: Value, *starts: Value) -> Value:
     return make_value(array, out, positions)
 
 
-def gather(grid: Grid, eqn: Any, value: Value, indices: Value) -> Value:
-    """Along plain dimensions, at places that all windows have in common or that differ."""
+def gather(grid: Grid, eqn: JaxprEqn, value: Value, indices: Value) -> Value:
+    """Along plain dimensions, at the same or different places in each window."""
     value, atoms = per_dim(value)
     value = dense(value)
     numbers = eqn.params["dimension_numbers"]
@@ -208,7 +205,7 @@ def gather(grid: Grid, eqn: Any, value: Value, indices: Value) -> Value:
         *numbers.collapsed_slice_dims,
         *numbers.operand_batching_dims,
     )
-    lengths = value.array.shape[len(value.positions) :]
+    lengths = value.lengths
     for i, atom in enumerate(atoms):
         if atom.axis is not None:
             if i in taken:
@@ -217,11 +214,11 @@ def gather(grid: Grid, eqn: Any, value: Value, indices: Value) -> Value:
     if any(atom.axis is not None for atom in indices.atoms):
         raise Unshared("picks elements at places inside the window")
     array, positions = over_positions(
-        lambda array, indices: bind(eqn, array, indices, slice_sizes=tuple(sizes)),
+        lambda array, indices: bind_one(eqn, array, indices, slice_sizes=tuple(sizes)),
         value,
         dense(per_dim(indices)[0]),
     )
-    shape = eqn.outvars[0].aval.shape
+    shape = out_shapes(eqn)[0]
     out = [Atom(n) for n in shape]
     dropped = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
     kept = [atom for i, atom in enumerate(atoms) if i not in dropped]

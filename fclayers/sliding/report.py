@@ -1,24 +1,21 @@
 """`explain_slide`: what of a function is shared between windows, and which line stops it."""
 
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
+from jax.extend.core import JaxprEqn
+from jax.stages import Lowered
+from jaxtyping import Array, PyTree
 
-from fclayers._table import format_bytes, format_table
-from fclayers.slide.interpret import Step
-from fclayers.slide.transform import slide_and_trace
-
-_COLLECTIVE = (
-    r"= \(?(\w+)\[([\d,]*)\].* "
-    r"(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
-)
-
+from fclayers._util.errors import public
+from fclayers._util.tables import format_bytes, format_table
+from fclayers.sliding.interpret import Step, Trace
+from fclayers.sliding.transform import slide_and_trace
 
 _NOT_THE_USERS = (str(Path(str(jax.__file__)).parent), str(Path(__file__).parents[1]))
 
@@ -51,8 +48,6 @@ class SlideReport(NamedTuple):
         flops: Operations of the shared program, counted by XLA before its optimizations.
         flops_windows: Operations of the function on every window, counted in the same way.
         temporary_bytes: Peak memory of the compiled program, without arguments and results.
-        exchanged: Bytes that devices send each other by collective operation, if the image is
-            sharded, on each device.
     """
 
     rows: tuple[Row, ...]
@@ -60,23 +55,22 @@ class SlideReport(NamedTuple):
     flops: float
     flops_windows: float
     temporary_bytes: int
-    exchanged: dict[str, int]
 
     @property
     def is_shared(self) -> bool:
         """Whether nothing is run window by window."""
         return all(row.kind != "per window" for row in self.rows)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         cells = [
-            (row.line, ", ".join(row.operations), row.kind, str(row.shape), row.reason)
+            (row.line, ", ".join(row.operations), row.kind, row.shape, row.reason)
             for row in self.rows
         ]
         table = format_table(("line", "operations", "computed", "shape", "because it"), cells)
         stops = next((row for row in self.rows if row.kind == "per window"), None)
-        verdict = "shared all the way"
-        if stops is not None:
-            verdict = f"shared up to {stops.line}, which {stops.reason}"
+        verdict = (
+            f"shared up to {stops.line}, which {stops.reason}" if stops else "shared all the way"
+        )
         lines = [
             table,
             "",
@@ -86,21 +80,19 @@ class SlideReport(NamedTuple):
             f"({self.flops_windows / max(self.flops, 1):.3g} times as many)",
             f"memory      {format_bytes(self.temporary_bytes)} of temporaries",
         ]
-        lines += [
-            f"exchanged   {format_bytes(size)} by {name}" for name, size in self.exchanged.items()
-        ]
         return "\n".join(lines)
 
 
+@public
 def explain_slide(
-    fun: Callable[..., Any],
-    window_shape: int | tuple[int, ...],
+    fun: Callable[..., PyTree[Array]],
+    window_shape: tuple[int, ...],
     *,
     stride: int | tuple[int, ...] = 1,
     axes: int | tuple[int, ...] | None = None,
     edges: str = "window",
 ) -> Callable[..., SlideReport]:
-    """Makes a function that reports what `slide` would do; nothing is computed.
+    """Makes a function that reports what `slide` would do; it compiles, but runs nothing.
 
     Args:
         fun: As in `slide`.
@@ -110,8 +102,8 @@ def explain_slide(
         edges: As in `slide`.
 
     Returns:
-        A function of the same arguments as `slide(...)`, arrays or `jax.ShapeDtypeStruct`s, that
-        returns a `SlideReport`. It compiles the program to know its memory.
+        A function of the same arguments as `slide(...)`, arrays or `jax.ShapeDtypeStruct` leaves,
+        that returns a `SlideReport`.
 
     Raises:
         TypeError: As `slide`.
@@ -122,55 +114,50 @@ def explain_slide(
         >>> import jax.numpy as jnp
         >>> import fclayers as fc
         >>> def brightest(window):
-        ...     smooth = fc.avg_pool(window[..., None], 3, stride=1)[..., 0]
+        ...     smooth = fc.avg_pool(window[..., None], (3, 3), stride=1)[..., 0]
         ...     return smooth.max()
         >>> image = jax.ShapeDtypeStruct((100, 100), jnp.float32)
         >>> report = fc.explain_slide(brightest, (15, 15))(image)
         >>> report.is_shared, report.positions
         (True, (86, 86))
     """
-    traced = slide_and_trace(
-        "explain_slide", fun, window_shape, stride=stride, axes=axes, edges=edges
-    )
+    traced = slide_and_trace(fun, window_shape, stride=stride, axes=axes, edges=edges)
 
-    def explain(*args: Any) -> SlideReport:
+    def explain(*args: PyTree) -> SlideReport:
         arrays, rebuild = _split_arrays(args)
-        steps: list[Step] = []
-        counts: list[tuple[int, ...]] = []
-        shapes: list[Any] = []
+        seen: list[tuple[Trace, jax.ShapeDtypeStruct]] = []
 
-        def run(arrays: Sequence[Any]) -> Any:
+        def run(arrays: Sequence[Array]) -> PyTree[Array]:
             outs, trace, window = traced(*rebuild(arrays))
-            steps[:], counts[:], shapes[:] = trace.steps, [trace.grid.counts], [window]
+            seen[:] = [(trace, window)]
             return outs
 
         lowered = jax.jit(run).lower(arrays)
-        (positions,), (window,) = counts, shapes
+        ((trace, window),) = seen
+        positions = trace.grid.counts
 
-        def run_window(arrays: Sequence[Any], window: Any) -> Any:
+        def run_window(arrays: Sequence[Array], window: Array) -> PyTree[Array]:
             return fun(*rebuild(arrays)[:-1], window)
 
         one_window = jax.jit(run_window).lower(arrays, window)
-        compiled = lowered.compile()
-        memory = compiled.memory_analysis()
+        memory = lowered.compile().memory_analysis()
         return SlideReport(
-            tuple(_rows(steps)),
+            tuple(_rows(trace.steps)),
             positions,
             _flops(lowered),
             _flops(one_window) * prod(positions),
             memory.temp_size_in_bytes if memory else 0,
-            _exchanged(compiled.as_text() or ""),
         )
 
-    return explain
+    return public(explain, "explain_slide")
 
 
-def _split_arrays(args: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+def _split_arrays(args: PyTree) -> tuple[list[PyTree], Callable[[Sequence[PyTree]], PyTree]]:
     """The arrays among the arguments, and how to put others in their place."""
     leaves, structure = jax.tree.flatten(args)
     is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in leaves]
 
-    def rebuild(arrays: Sequence[Any]) -> Any:
+    def rebuild(arrays: Sequence[PyTree]) -> PyTree:
         rest = iter(arrays)
         return jax.tree.unflatten(
             structure,
@@ -189,26 +176,18 @@ def _rows(steps: Sequence[Step]) -> Iterator[Row]:
         yield Row(line, tuple(names), kind, members[-1].shape, reason)
 
 
-def _source_line(eqns: Sequence[Any]) -> str:
+def _source_line(eqns: Sequence[JaxprEqn]) -> str:
     """The innermost line that is neither JAX's nor this library's."""
     for eqn in eqns:
         traceback = eqn.source_info.traceback
-        for frame in traceback.frames if traceback is not None else ():
+        if traceback is None:
+            continue
+        for frame in traceback.frames:
             folder, name = os.path.split(frame.file_name)
             if not folder.startswith(_NOT_THE_USERS):
                 return f"{name}:{frame.line_num}"
     return "?"
 
 
-def _flops(lowered: Any) -> float:
+def _flops(lowered: Lowered) -> float:
     return float((lowered.cost_analysis() or {}).get("flops", 0.0))
-
-
-def _exchanged(program: str) -> dict[str, int]:
-    """Bytes of the results of collective operations in a compiled program."""
-    sizes: dict[str, int] = {}
-    for dtype, shape, name in re.findall(_COLLECTIVE, program):
-        bits = int(re.sub(r"\D", "", dtype) or 8)
-        count = prod(int(n) for n in shape.split(",") if n)
-        sizes[name] = sizes.get(name, 0) + count * bits // 8
-    return sizes

@@ -1,13 +1,12 @@
-"""The table: one rule per primitive."""
+"""The table of rules: one per primitive, a function `(grid, eqn, *values)` of its operands."""
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
-from fclayers.slide.elementwise import elementwise
-from fclayers.slide.products import dot_general
-from fclayers.slide.shapes import (
+from fclayers.sliding.elementwise import elementwise
+from fclayers.sliding.products import dot_general
+from fclayers.sliding.shapes import (
     along,
     broadcast_in_dim,
     concatenate,
@@ -21,10 +20,10 @@ from fclayers.slide.shapes import (
     stack,
     transpose,
 )
-from fclayers.slide.values import constant
-from fclayers.slide.windows import conv, reduce_window, reduction
+from fclayers.sliding.values import Value, constant
+from fclayers.sliding.windows import conv, reduce_window, reduction
 
-Rule = Callable[..., Any]
+Rule = Callable[..., Value | list[Value]]
 
 _ELEMENTWISE = """
     abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp clz complex conj

@@ -1,1 +1,0 @@
-"""A transformation like `vmap`, over the windows of a larger array."""

@@ -1,0 +1,157 @@
+"""Rules for functions within the function: calls, custom derivatives and scans.
+
+Besides the grid and the equation, they take `run`, which runs a jaxpr on values and raises
+`Unshared` if one of its steps cannot be shared.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import JaxprEqn
+from jaxtyping import Array
+
+from fclayers.sliding.equations import AnyJaxpr, aval, open_jaxpr
+from fclayers.sliding.layout import align_per_dim
+from fclayers.sliding.values import (
+    Atom,
+    Grid,
+    Unshared,
+    Value,
+    constant,
+    dense,
+    make_value,
+    over_positions,
+    per_dim,
+)
+
+Run = Callable[[AnyJaxpr, Sequence[Value]], list[Value]]
+
+# Scans over layers are unrolled; longer ones are run window by window.
+_MAX_SCAN_LENGTH = 256
+
+# Plain calls, and the parameter that holds their jaxpr.
+_CALLS = {
+    "checkpoint": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "remat": "jaxpr",
+    "remat2": "jaxpr",
+}
+
+
+def called_jaxpr(eqn: JaxprEqn) -> tuple[AnyJaxpr | None, int]:
+    """The jaxpr that a plain call runs, or `None`, and its first operand."""
+    name = eqn.primitive.name
+    if name in _CALLS:
+        return eqn.params[_CALLS[name]], 0
+    if name == "cond" and eqn.params.get("branches_platforms"):
+        # Formulations for one platform hide what is computed; the default does not.
+        default = eqn.params["branches_platforms"].index(None)
+        return eqn.params["branches"][default], 1
+    return None, 0
+
+
+def has_shareable_derivative(eqn: JaxprEqn, values: Sequence[Value]) -> bool:
+    """Whether the derivative of a `jax.custom_jvp` may be run like the function."""
+    floating = all(jnp.issubdtype(value.array.dtype, jnp.inexact) for value in values)
+    return floating and not (eqn.params["symbolic_zeros"] or eqn.params["num_consts"])
+
+
+def custom_jvp(grid: Grid, run: Run, eqn: JaxprEqn, *values: Value) -> list[Value]:
+    """Keeps the function's own derivative, where it can be shared like the function."""
+    call, rule_of = eqn.params["call_jaxpr"], eqn.params["jvp_jaxpr_fun"].call_wrapped
+    outs: list[Value] = []
+
+    def primal(*arrays: Array) -> list[Array]:
+        outs[:] = run(call, _with_arrays(values, arrays))
+        return [out.array for out in outs]
+
+    def rule(
+        primals: Sequence[Array], tangents: Sequence[Array]
+    ) -> tuple[list[Array], list[Array]]:
+        jaxpr, consts, zeros = rule_of(*[False] * len(primals))
+        arguments = _with_arrays([*values, *values], [*primals, *tangents])
+        try:
+            results = run(jaxpr, [*map(constant, consts), *arguments])
+            primals_out, rest = results[: len(zeros)], iter(results[len(zeros) :])
+            tangents_out = [
+                jnp.zeros_like(out.array) if zero else _laid_out_as(out, next(rest))
+                for out, zero in zip(primals_out, zeros, strict=True)
+            ]
+        except Unshared:
+            return jax.jvp(primal, primals, tangents)
+        return [out.array for out in primals_out], tangents_out
+
+    function = jax.custom_jvp(primal)
+    function.defjvp(rule)
+    inputs = [value.array for value in values]
+    # Finds the layout of the results; under differentiation only the rule is called.
+    jax.eval_shape(primal, *inputs)
+    arrays = function(*inputs)
+    return _with_arrays(outs, arrays)
+
+
+def custom_vjp(grid: Grid, run: Run, eqn: JaxprEqn, *values: Value) -> list[Value]:
+    """A backward pass need not be linear, and would get the sum over windows if it were shared."""
+    raise Unshared("has a backward pass of its own (jax.custom_vjp)")
+
+
+def scan(grid: Grid, run: Run, eqn: JaxprEqn, *values: Value) -> list[Value]:
+    """Unrolled."""
+    length, body = eqn.params["length"], eqn.params["jaxpr"]
+    if length > _MAX_SCAN_LENGTH:
+        raise Unshared(f"is a scan of more than {_MAX_SCAN_LENGTH} steps")
+    # What is scanned or stacked has one axis more outside than inside.
+    inner, _ = open_jaxpr(body)
+    scanned = [
+        aval(outside).ndim > aval(inside).ndim
+        for outside, inside in zip(eqn.invars, inner.invars, strict=True)
+    ]
+    num_carry = sum(
+        aval(outside).ndim == aval(inside).ndim
+        for outside, inside in zip(eqn.outvars, inner.outvars, strict=True)
+    )
+    first_carry = scanned.count(False) - num_carry
+    consts, carry = values[:first_carry], list(values[first_carry : first_carry + num_carry])
+    collected = []
+    for i in range(length)[:: -1 if eqn.params["reverse"] else 1]:
+        xs = [_pick(value, i) for value in values[first_carry + num_carry :]]
+        outs = run(body, [*consts, *carry, *xs])
+        carry = outs[:num_carry]
+        collected.append(outs[num_carry:])
+    if eqn.params["reverse"]:
+        collected.reverse()
+    return [*carry, *(_stack(column) for column in zip(*collected, strict=True))]
+
+
+def _laid_out_as(value: Value, other: Value) -> Array:
+    """The other value's array, if it is laid out in the same way."""
+    if (value.dims, value.positions) != (other.dims, other.positions):
+        raise Unshared("has a tangent that lies differently in the window")
+    return other.array
+
+
+def _with_arrays(values: Sequence[Value], arrays: Sequence[Array]) -> list[Value]:
+    return [value._replace(array=array) for value, array in zip(values, arrays, strict=True)]
+
+
+def _pick(value: Value, i: int) -> Value:
+    """One element along the first dimension."""
+    value = dense(per_dim(value)[0])
+    if value.atoms[0].axis is not None:
+        raise Unshared("scans along the window")
+    array = lax.index_in_dim(value.array, i, len(value.positions), keepdims=False)
+    return make_value(array, value.atoms[1:], value.positions)
+
+
+def _stack(values: Sequence[Value]) -> Value:
+    fitted = align_per_dim(values)
+    array, positions = over_positions(lambda *arrays: jnp.stack(arrays), *fitted)
+    return make_value(array, [Atom(len(values)), *fitted[0].atoms], positions)
+
+
+CALL_RULES = {"custom_jvp_call": custom_jvp, "custom_vjp_call": custom_vjp, "scan": scan}

@@ -1,0 +1,51 @@
+"""Runs the steps that cannot be shared, window by window, in chunks of bounded memory."""
+
+from collections.abc import Sequence
+from math import prod
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from fclayers.sliding.cutting import cut_window
+from fclayers.sliding.equations import aval, bind
+from fclayers.sliding.interpret import Deferred, Result, Trace
+from fclayers.sliding.values import Value
+
+# Windows that cannot be shared are run in chunks of about this size.
+_CHUNK_BYTES = 2**26
+
+
+def run_deferred(trace: Trace, outs: Sequence[Result]) -> dict[int, Array]:
+    """The deferred ones of a function's results, by their `id`, positions in front."""
+    wanted = list(dict.fromkeys(id(out) for out in outs if isinstance(out, Deferred)))
+    if not wanted:
+        return {}
+    needed, steps = set(wanted), []
+    for step in reversed(trace.deferred):
+        if any(id(result) in needed for result in step.results):
+            steps.append(step)
+            needed |= {id(value) for value in step.inputs if isinstance(value, Deferred)}
+    steps.reverse()
+
+    def run_window(index: Array) -> list[Array]:
+        position = jnp.unravel_index(index, trace.grid.counts)
+        known: dict[int, Array] = {}
+
+        def read(value: Result) -> Array:
+            if id(value) not in known:
+                assert isinstance(value, Value)
+                known[id(value)] = cut_window(trace.grid, value, position)
+            return known[id(value)]
+
+        for eqn, inputs, results in steps:
+            known.update(zip(map(id, results), bind(eqn, *map(read, inputs)), strict=True))
+        return [known[key] for key in wanted]
+
+    counts = trace.grid.counts
+    computed = [aval(var) for step in steps for var in step.eqn.outvars]
+    bytes_per_window = sum(prod(array.shape) * array.dtype.itemsize for array in computed)
+    chunk = max(1, min(prod(counts), _CHUNK_BYTES // max(bytes_per_window, 1)))
+    results = lax.map(run_window, jnp.arange(prod(counts)), batch_size=chunk)
+    shaped = (array.reshape(*counts, *array.shape[1:]) for array in results)
+    return dict(zip(wanted, shaped, strict=True))

@@ -1,0 +1,121 @@
+"""`slide`: a function of one window becomes a function of all windows of a larger image."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, PyTree
+
+from fclayers._util.errors import BadValue, public
+from fclayers._util.trees import abstract
+from fclayers.sliding.arguments import check_image, check_windows, place_windows
+from fclayers.sliding.cutting import cut_windows
+from fclayers.sliding.deferred import run_deferred
+from fclayers.sliding.interpret import Deferred, Result, Trace, interpret
+from fclayers.sliding.values import Atom, make_value
+
+
+@public
+def slide(
+    fun: Callable[..., PyTree[Array]],
+    window_shape: tuple[int, ...],
+    *,
+    stride: int | tuple[int, ...] = 1,
+    axes: int | tuple[int, ...] | None = None,
+    edges: str = "window",
+) -> Callable[..., PyTree[Array]]:
+    """Makes a function that evaluates `fun` at every window of a larger image.
+
+    It is `vmap` over overlapping windows: what neighbouring windows have in common is computed
+    once. A network for a fixed window becomes one for images of any size, pools and strides
+    included, with exactly the results of the windows cut out.
+
+    Args:
+        fun: A function `fun(*args, window)` of any JAX operations that returns arrays.
+        window_shape: Size of the window along each window axis, one to three of them.
+        stride: Pixels between neighbouring windows, an integer or one per window axis.
+        axes: The window axes of the image, in the order of `window_shape`. Default: the leading
+            ones.
+        edges: What padding inside `fun` means. `"window"`: it pads each window; such steps are run
+            window by window. `"image"`: it pads the image, and windows see their neighbours, as in
+            a fully convolutional network.
+
+    Returns:
+        A function `g(*args, image)` with, for every position and for `"window"` edges,
+        `g(*args, image)[i, j] == fun(*args, image[i * s : i * s + h, j * s : j * s + w])` up to
+        rounding. Positions are the leading axes of all its results, `(size - window) // stride + 1`
+        of them along each axis. It can be jitted, differentiated, vmapped and sharded; results for
+        an image on an explicit mesh are replicated. A random key inside is shared by all windows.
+
+    Raises:
+        TypeError: The last argument is not an array.
+        ValueError: The window does not fit the image, an argument is out of range, or `fun` has
+            side effects.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import fclayers as fc
+        >>> conv = fc.init_conv(jax.random.key(0), (3, 3), 1, 8)
+        >>> head = fc.init_linear(jax.random.key(1), 3 * 3 * 8, 10)
+        >>> def classify(conv, head, window):
+        ...     x = jax.nn.relu(fc.apply_conv(conv, window))
+        ...     return fc.apply_linear(head, fc.max_pool(x, (2, 2)).reshape(-1))
+        >>> classify(conv, head, jnp.ones((8, 8, 1))).shape
+        (10,)
+        >>> fc.slide(classify, (8, 8))(conv, head, jnp.ones((100, 120, 1))).shape
+        (93, 113, 10)
+
+    Source: `Giusti et al. 2013 <https://arxiv.org/abs/1302.1700>`_ and
+    `Bailer et al. 2018 <https://arxiv.org/abs/1805.03096>`_ for networks of convolutions and pools.
+    """
+    traced = slide_and_trace(fun, window_shape, stride=stride, axes=axes, edges=edges)
+    return public(lambda *args: traced(*args)[0], "slide")
+
+
+def slide_and_trace(
+    fun: Callable[..., PyTree[Array]],
+    window_shape: tuple[int, ...],
+    *,
+    stride: int | tuple[int, ...],
+    axes: int | tuple[int, ...] | None,
+    edges: str,
+) -> Callable[..., tuple[PyTree[Array], Trace, jax.ShapeDtypeStruct]]:
+    """`slide`, which also returns what it did and the shape and dtype of a window."""
+    window, strides = check_windows(window_shape, stride, edges)
+
+    def sliding(*args: PyTree) -> tuple[PyTree[Array], Trace, jax.ShapeDtypeStruct]:
+        image = check_image(args)
+        grid, places = place_windows(image.shape, window, strides, axes, edges)
+        trace = Trace(grid)
+        atoms = [Atom(size) for size in image.shape]
+        shape = list(image.shape)
+        for axis, (place, size) in enumerate(zip(places, window, strict=True)):
+            atoms[place], shape[place] = Atom(size, axis, 1), size
+        one = abstract(shape, jnp.asarray(image).dtype)
+
+        def run(*args: PyTree) -> PyTree[Array]:
+            *rest, image = args
+            jaxpr, shapes = jax.make_jaxpr(lambda x: fun(*rest, x), return_shape=True)(one)
+            if jaxpr.effects:
+                raise BadValue(f"the function has side effects, {set(jaxpr.effects)}")
+            outs = interpret(trace, jaxpr, [make_value(jnp.asarray(image), atoms)])
+            return jax.tree.unflatten(jax.tree.structure(shapes), _finish(trace, outs))
+
+        explicit = jax.typeof(image).sharding.mesh.explicit_axes
+        if explicit:
+            # The numbers of positions and of pixels are seldom both divisible by that of devices.
+            run = jax.sharding.auto_axes(run, axes=explicit, out_sharding=PartitionSpec())  # type: ignore[no-untyped-call]
+        return run(*args), trace, one
+
+    return sliding
+
+
+def _finish(trace: Trace, outs: Sequence[Result]) -> list[Array]:
+    """The results by position; what was deferred is run now."""
+    deferred = run_deferred(trace, outs)
+    return [
+        deferred[id(out)] if isinstance(out, Deferred) else cut_windows(trace.grid, out)
+        for out in outs
+    ]
