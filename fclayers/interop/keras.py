@@ -5,21 +5,15 @@ from typing import Any
 
 import numpy as np
 
-from fclayers._checks import describe
-from fclayers.interop._layers import (
-    Layout,
-    nest,
-    read_in_out,
-    read_layers,
-    write_in_out,
-    write_layers,
-)
+from fclayers._util.errors import public
+from fclayers.interop._layers import Layout, check_mapping, nest, read_layers, write_layers
 
-_LAYOUT = Layout("kernel", "bias", read_in_out, write_in_out)
+_LAYOUT = Layout("kernel", "bias")
 
 
+@public
 def from_keras(weights: Mapping[str, Any]) -> Any:
-    """Takes over the layers of a Keras model.
+    """Converts the parameters of a Keras model.
 
     Args:
         weights: `{variable.path: variable for variable in model.variables}`, or a mapping
@@ -31,43 +25,37 @@ def from_keras(weights: Mapping[str, Any]) -> Any:
 
     Raises:
         TypeError: `weights` is not a mapping.
-        ValueError: Entries do not make up fully connected layers and convolutions; the message
-            names all of them.
+        ValueError: As in `from_torch`.
 
     Example:
-        >>> import numpy as np
+        >>> import jax
         >>> import fclayers as fc
-        >>> weights = {"model/dense/kernel": np.ones((5, 10)), "model/dense/bias": np.zeros(10)}
-        >>> fc.from_keras(weights)["model"]["dense"].weight.shape
+        >>> layer = fc.init_linear(jax.random.key(0), 5, 10)
+        >>> weights = fc.interop.to_keras({"model": {"dense": layer}})
+        >>> sorted(weights)
+        ['model/dense/bias', 'model/dense/kernel']
+        >>> fc.interop.from_keras(weights)["model"]["dense"].weight.shape
         (5, 10)
     """
-    if not isinstance(weights, Mapping):
-        raise TypeError(
-            f"from_keras: expected a mapping of paths to arrays, got {describe(weights)}"
-        )
-    paths = {tuple(path.split("/")): array for path, array in weights.items()}
-    return read_layers("from_keras", nest("from_keras", paths), _LAYOUT)
+    check_mapping(weights, "paths to arrays")
+    return read_layers(nest({tuple(path.split("/")): weights[path] for path in weights}), _LAYOUT)
 
 
+@public
 def to_keras(params: Any) -> dict[str, np.ndarray]:
-    """Gives layers to a Keras model.
+    """Converts parameters to those of a Keras model.
 
     Args:
-        params: A layer, or any nesting of dicts, tuples and lists of them.
+        params: As in `to_torch`.
 
     Returns:
         A dict of NumPy arrays by path, for `variable.assign(arrays[variable.path])` with every
         variable of the model.
 
     Raises:
-        TypeError: Something in `params` is no layer.
+        TypeError: As in `to_torch`.
+        ValueError: As in `to_torch`.
 
-    Example:
-        >>> import jax
-        >>> import fclayers as fc
-        >>> layer = fc.init_linear(jax.random.key(0), 5, 10)
-        >>> sorted(fc.to_keras({"model": {"dense": layer}}))
-        ['model/dense/bias', 'model/dense/kernel']
+    Example: see `from_keras`.
     """
-    arrays = write_layers("to_keras", params, _LAYOUT)
-    return {"/".join(map(str, path)): array for path, array in arrays.items()}
+    return {"/".join(map(str, path)): a for path, a in write_layers(params, _LAYOUT).items()}

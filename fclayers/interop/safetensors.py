@@ -1,4 +1,4 @@
-"""Parameter trees in safetensors files, by the `safetensors` package."""
+"""Parameter trees in safetensors files."""
 
 import os
 from pathlib import Path
@@ -8,26 +8,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fclayers._files import write_file
-from fclayers._tree import path_name
+from fclayers._util.checks import is_array
+from fclayers._util.errors import BadType, BadValue, public
+from fclayers._util.files import write_file
+from fclayers._util.trees import path_name
 from fclayers.interop._layers import check_entries
 
 
+@public
 def save_safetensors(path: str | os.PathLike[str], params: Any) -> None:
     """Writes the arrays of a pytree to a safetensors file.
 
-    The file appears under its name when it is complete: it is written beside it and renamed.
+    The file is written atomically.
 
     Args:
-        path: The file. Its folder must exist; a file that is there is replaced.
+        path: The file. Its folder must exist; an existing file is replaced.
         params: Any pytree of arrays. An array's name is its path with dots, such as
             `classifier.0.weight`.
 
     Raises:
         ModuleNotFoundError: The `safetensors` package is missing.
-        TypeError: A leaf is no array, or of a dtype that the format does not have.
+        TypeError: A leaf is not an array, or of a dtype that the format does not have.
         ValueError: Two arrays have the same name.
-        OSError: The file cannot be written. What was there before is unharmed.
+        OSError: The file cannot be written. An existing file is not modified.
 
     Example:
         >>> import tempfile
@@ -36,31 +39,31 @@ def save_safetensors(path: str | os.PathLike[str], params: Any) -> None:
         >>> import fclayers as fc
         >>> mlp = fc.init_mlp(jax.random.key(0), [64, 128, 10])
         >>> path = Path(tempfile.mkdtemp(), "mlp.safetensors")
-        >>> fc.save_safetensors(path, mlp)
-        >>> sorted(fc.load_safetensors(path))
+        >>> fc.interop.save_safetensors(path, mlp)
+        >>> sorted(fc.interop.load_safetensors(path))
         ['0.bias', '0.weight', '1.bias', '1.weight']
-        >>> fc.load_safetensors(path, mlp)[0].weight.shape
+        >>> fc.interop.load_safetensors(path, mlp)[0].weight.shape
         (64, 128)
 
     Source: the `safetensors format <https://huggingface.co/docs/safetensors/index>`_.
     """
     from safetensors.numpy import save
 
-    name = "save_safetensors"
-    arrays = {entry: np.asarray(leaf, order="C") for entry, leaf in _named(name, params).items()}
+    arrays = {entry: np.asarray(leaf, order="C") for entry, leaf in _named(params).items()}
     for entry, array in arrays.items():
         if str(array.dtype) not in _DTYPES.values():
-            raise TypeError(f"{name}: {entry} has dtype {array.dtype}, which safetensors lacks")
+            raise BadType(f"{entry} has dtype {array.dtype}, which safetensors lacks")
     write_file(Path(path), save(arrays))
 
 
+@public
 def load_safetensors(path: str | os.PathLike[str], like: Any = None) -> Any:
-    """Reads a safetensors file, whoever wrote it.
+    """Reads a safetensors file, written by this library or any other program.
 
     Args:
         path: The file.
-        like: A pytree of arrays, or of the `jax.ShapeDtypeStruct`s that `jax.eval_shape` gives,
-            with the structure that was saved. Default: take what is there.
+        like: A pytree of arrays, or of the `jax.ShapeDtypeStruct` leaves that `jax.eval_shape`
+            returns, with the structure that was saved. Default: a flat dict.
 
     Returns:
         With `like`, its structure with JAX arrays of the same shapes and dtypes. Without, a dict
@@ -69,22 +72,21 @@ def load_safetensors(path: str | os.PathLike[str], like: Any = None) -> Any:
     Raises:
         ModuleNotFoundError: The `safetensors` package is missing.
         OSError: The file cannot be read.
-        ValueError: The file is truncated or no safetensors file, or entries are missing, extra, or
-            of another shape or dtype than in `like`; the message names all of them.
+        ValueError: The file is truncated or not a safetensors file, or entries are missing, extra,
+            or of another shape or dtype than in `like`; the message names all of them.
 
     Example: see `save_safetensors`.
     """
-    name = "load_safetensors"
-    arrays = _read(name, Path(path))
+    arrays = _read(Path(path))
     if like is None:
         return arrays
-    expected = _named(name, like)
-    check_entries(f"{name}: {path}", arrays, expected, dtypes=True)
+    expected = _named(like)
+    check_entries(arrays, expected, dtypes=True, source=f"{path}: ")
     leaves = [jnp.array(arrays[entry]) for entry in expected]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
-# The format's dtypes of whole bytes, as NumPy and JAX name them.
+# The format's dtypes with whole bytes, by their NumPy and JAX names.
 _DTYPES = {
     "BOOL": "bool",
     "U8": "uint8",
@@ -106,23 +108,23 @@ _DTYPES = {
 }
 
 
-def _named(function: str, params: Any) -> dict[str, Any]:
+def _named(params: Any) -> dict[str, Any]:
     named: dict[str, Any] = {}
     for path, leaf in jax.tree.leaves_with_path(params):
         entry = path_name(path)
         if isinstance(leaf, (bool, int, float, complex)):
             leaf = np.asarray(leaf, jax.dtypes.result_type(leaf))
-        if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
-            raise TypeError(f"{function}: {entry} is of type {type(leaf).__name__}, not an array")
+        if not is_array(leaf):
+            raise BadType(f"{entry} is of type {type(leaf).__name__}, not an array")
         if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
-            raise TypeError(f"{function}: {entry} is a random key; save jax.random.key_data of it")
+            raise BadType(f"{entry} is a random key; save jax.random.key_data of it")
         if entry in named:
-            raise ValueError(f"{function}: two arrays have the name {entry}")
+            raise BadValue(f"two arrays have the name {entry}")
         named[entry] = leaf
     return named
 
 
-def _read(function: str, path: Path) -> dict[str, np.ndarray]:
+def _read(path: Path) -> dict[str, np.ndarray]:
     from safetensors import SafetensorError, deserialize
 
     data = path.read_bytes()
@@ -132,7 +134,7 @@ def _read(function: str, path: Path) -> dict[str, np.ndarray]:
             dtype = jnp.dtype(_DTYPES[tensor["dtype"]])
             arrays[entry] = np.frombuffer(tensor["data"], dtype).reshape(tensor["shape"])
     except KeyError as error:
-        raise ValueError(f"{function}: {path}: {entry} has the unknown dtype {error}") from error
+        raise BadValue(f"{path}: {entry} has the unknown dtype {error}") from error
     except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{function}: {path} is not a sound safetensors file: {error}") from error
+        raise BadValue(f"{path} is not a valid safetensors file: {error}") from error
     return arrays

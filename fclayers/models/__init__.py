@@ -1,1 +1,5 @@
-"""Whole networks as functions."""
+"""Networks as functions."""
+
+from fclayers.models import vgg
+
+__all__ = ["vgg"]

@@ -8,26 +8,26 @@ from jax.nn import initializers
 from jax.typing import DTypeLike
 from jaxtyping import Array, Key, Num
 
-from fclayers._checks import check_array, check_count, check_key, describe
-from fclayers._jit import jit
-from fclayers.conv import ConvParams, apply_conv, init_conv, max_pool
+from fclayers._util.checks import check_array, check_count, check_key, describe
+from fclayers._util.errors import BadType, BadValue, public
+from fclayers._util.jit import jit
+from fclayers.conv import ConvParams, apply_conv, init_conv
 from fclayers.convert import mlp_to_conv
-from fclayers.forms import LinearParams
+from fclayers.linear import LinearParams
 from fclayers.mlp import apply_mlp, init_mlp
+from fclayers.pool import max_pool
+
+__all__ = ["Vgg16Params", "apply_vgg16", "init_vgg16", "vgg16_score_map"]
 
 
 class Vgg16Params(NamedTuple):
-    """The parameters of VGG-16.
-
-    Attributes:
-        features: Five blocks of convolutions with 3×3 kernels.
-        classifier: Three fully connected layers, the first on a flattened `(7, 7, 512)` map.
-    """
+    """The parameters of VGG-16: five blocks of convolutions, three fully connected layers."""
 
     features: tuple[tuple[ConvParams, ...], ...]
-    classifier: tuple[LinearParams, ...]
+    classifier: tuple[LinearParams, ...]  # the first on a flattened (7, 7, 512) map
 
 
+@public
 def init_vgg16(
     key: Key[Array, ""], *, num_classes: int = 1000, dtype: DTypeLike = jnp.float32
 ) -> Vgg16Params:
@@ -46,46 +46,27 @@ def init_vgg16(
         TypeError: `key` is not a random key.
         ValueError: `num_classes` is not an integer >= 0, or `dtype` is an integer dtype.
 
-    Example:
-        >>> import jax
-        >>> import fclayers as fc
-        >>> shapes = jax.eval_shape(fc.init_vgg16, jax.random.key(0))
-        >>> sum(leaf.size for leaf in jax.tree.leaves(shapes))
-        138357544
+    Example: see `apply_vgg16`.
 
     Source: configuration D of
     `Simonyan and Zisserman 2015 <https://arxiv.org/abs/1409.1556>`_.
     """
-    name = "init_vgg16"
-    check_key(name, key)
-    check_count(name, "num_classes", num_classes)
+    check_key(key)
+    check_count("num_classes", num_classes)
     features_key, classifier_key = jax.random.split(key)
     he_normal = initializers.variance_scaling(2.0, "fan_out", "normal")
+    drawn: dict[str, Any] = {"bias_init": initializers.zeros, "dtype": dtype}
     blocks, channels = [], 3
     for i, (width, depth) in enumerate(_BLOCKS):
-        block_keys = jax.random.split(jax.random.fold_in(features_key, i), depth)
         block = []
-        for conv_key in block_keys:
-            conv = init_conv(
-                conv_key,
-                (3, 3),
-                channels,
-                width,
-                weight_init=he_normal,
-                bias_init=initializers.zeros,
-                dtype=dtype,
-            )
+        for conv_key in jax.random.split(jax.random.fold_in(features_key, i), depth):
+            conv = init_conv(conv_key, (3, 3), channels, width, weight_init=he_normal, **drawn)
             block.append(conv)
             channels = width
         blocks.append(tuple(block))
-    classifier = init_mlp(
-        classifier_key,
-        [7 * 7 * channels, 4096, 4096, num_classes],
-        weight_init=initializers.normal(0.01),
-        bias_init=initializers.zeros,
-        dtype=dtype,
-    )
-    return Vgg16Params(tuple(blocks), classifier)
+    sizes = [7 * 7 * channels, 4096, 4096, num_classes]
+    normal = initializers.normal(0.01)
+    return Vgg16Params(tuple(blocks), init_mlp(classifier_key, sizes, weight_init=normal, **drawn))
 
 
 @jit("dropout_rate", "dtype")
@@ -104,7 +85,7 @@ def apply_vgg16(
         images: Images, channels last, any number of batch axes. Pretrained weights expect them
             as torchvision normalizes them.
         dropout_rate: As in `apply_mlp`, in the classifier; 0.5 where the network was trained.
-        key: The key that dropout needs.
+        key: A random key, required by dropout.
         dtype: Compute dtype, as in `apply_linear`.
 
     Returns:
@@ -118,16 +99,20 @@ def apply_vgg16(
         >>> import jax
         >>> import jax.numpy as jnp
         >>> import fclayers as fc
-        >>> params = jax.eval_shape(fc.init_vgg16, jax.random.key(0))
+        >>> params = jax.eval_shape(fc.models.vgg.init_vgg16, jax.random.key(0))
+        >>> sum(leaf.size for leaf in jax.tree.leaves(params))
+        138357544
         >>> images = jax.ShapeDtypeStruct((8, 224, 224, 3), jnp.float32)
-        >>> jax.eval_shape(fc.apply_vgg16, params, images).shape
+        >>> jax.eval_shape(fc.models.vgg.apply_vgg16, params, images).shape
         (8, 1000)
+        >>> images = jax.ShapeDtypeStruct((256, 288, 3), jnp.float32)
+        >>> jax.eval_shape(fc.models.vgg.vgg16_score_map, params, images).shape
+        (2, 3, 1000)
     """
-    name = "apply_vgg16"
-    _check(name, params, images)
+    _check(params, images)
     if images.shape[-3:-1] != (224, 224):
-        raise ValueError(
-            f"{name}: expected images of shape (*batch, 224, 224, 3), got {images.shape}; "
+        raise BadValue(
+            f"expected images of shape (*batch, 224, 224, 3), got {images.shape}; "
             "vgg16_score_map takes larger ones"
         )
     maps = _feature_map(params, images, dtype)
@@ -150,34 +135,23 @@ def vgg16_score_map(
     Args:
         params: The network, the same as for `apply_vgg16`.
         images: Images, channels last, at least 224 pixels high and wide.
-        dtype: Compute dtype, as in `apply_linear`.
+        dtype: As in `apply_vgg16`.
 
     Returns:
         Logits of shape `(*batch, height // 32 - 6, width // 32 - 6, classes)`. With 224×224 pixels
         they are `apply_vgg16`'s.
 
     Raises:
-        TypeError: `params` is not a `Vgg16Params`, or `images` not an array.
+        TypeError: As in `apply_vgg16`.
         ValueError: The images are smaller than 224 pixels.
 
-    Example:
-        >>> import jax
-        >>> import jax.numpy as jnp
-        >>> import fclayers as fc
-        >>> params = jax.eval_shape(fc.init_vgg16, jax.random.key(0))
-        >>> images = jax.ShapeDtypeStruct((256, 288, 3), jnp.float32)
-        >>> jax.eval_shape(fc.vgg16_score_map, params, images).shape
-        (2, 3, 1000)
+    Example: see `apply_vgg16`.
 
-    Source: section 3.2 of
-    `Simonyan and Zisserman 2015 <https://arxiv.org/abs/1409.1556>`_.
+    Source: section 3.2 of the paper that `init_vgg16` names.
     """
-    name = "vgg16_score_map"
-    _check(name, params, images)
+    _check(params, images)
     if min(images.shape[-3:-1]) < 224:
-        raise ValueError(
-            f"{name}: expected images of at least 224×224 pixels, got shape {images.shape}"
-        )
+        raise BadValue(f"expected images of at least 224×224 pixels, got shape {images.shape}")
     x = _feature_map(params, images, dtype)
     *hidden_layers, last_layer = mlp_to_conv(params.classifier, (7, 7))
     for layer in hidden_layers:
@@ -198,11 +172,9 @@ def _feature_map(params: Vgg16Params, images: Array, dtype: DTypeLike | None) ->
     return x
 
 
-def _check(function: str, params: Any, images: Any) -> None:
+def _check(params: Any, images: Any) -> None:
     if not isinstance(params, Vgg16Params):
-        raise TypeError(f"{function}: expected params to be Vgg16Params, got {describe(params)}")
-    check_array(function, "images", images)
+        raise BadType(f"expected params to be Vgg16Params, got {describe(params)}")
+    check_array("images", images)
     if images.ndim < 3 or images.shape[-1] != 3:
-        raise ValueError(
-            f"{function}: expected images of shape (*batch, height, width, 3), got {images.shape}"
-        )
+        raise BadValue(f"expected images of shape (*batch, height, width, 3), got {images.shape}")
