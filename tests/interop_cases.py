@@ -40,7 +40,7 @@ CASES = (
 def fclayers_function(framework: str, direction: str):
     """`from_flax` for `("linen", "from")`, and so on."""
     framework = {"linen": "flax", "nnx": "flax"}.get(framework, framework)
-    return getattr(fc, f"{direction}_{framework}")
+    return getattr(fc.interop, f"{direction}_{framework}")
 
 
 def fclayers_result(case: LayerCase, params) -> np.ndarray:

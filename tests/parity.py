@@ -59,7 +59,7 @@ def fclayers_results(case: Case) -> Arrays:
     def apply(arrays: dict[str, jax.Array]) -> jax.Array:
         params = fc.LinearParams(jnp.moveaxis(arrays["weight"], 0, -1), arrays.get("bias"))
         if case.kind == "bilinear":
-            return fc.apply_bilinear(params, arrays["x1"], arrays["x2"])
+            return fc.apply_bilinear(fc.BilinearParams(*params), arrays["x1"], arrays["x2"])
         return fc.apply_linear(params, arrays["x"])
 
     y, pullback = jax.vjp(apply, arrays)

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from bad_calls import bad_calls
 
 import fclayers as fc
 
@@ -74,17 +75,17 @@ CASES = {
     "params a dict": (
         lambda: fc.apply_linear(LAYER._asdict(), X),
         TypeError,
-        "apply_linear: expected params to be LinearParams, .* got dict",
+        "apply_linear: expected params to be LinearParams, got dict",
     ),
     "params a plain tuple": (
         lambda: fc.apply_linear(tuple(LAYER), X),
         TypeError,
-        "apply_linear: expected params to be LinearParams, .* got tuple",
+        "apply_linear: expected params to be LinearParams, got tuple",
     ),
     "params and x swapped": (
         lambda: fc.apply_linear(X, LAYER),
         TypeError,
-        r"apply_linear: expected params to be LinearParams, .* got an array of shape \(2, 4\)",
+        r"apply_linear: expected params to be LinearParams, got an array of shape \(2, 4\)",
     ),
     "weight and bias swapped": (
         lambda: fc.apply_linear(fc.LinearParams(LAYER.bias, LAYER.weight), X),
@@ -99,7 +100,7 @@ CASES = {
     "no weight": (
         lambda: fc.apply_linear(fc.LinearParams(None, None), X),
         TypeError,
-        "apply_linear: expected params.weight to be an array, got NoneType",
+        "apply_linear: expected the weight to be an array, LowRank, .* got NoneType",
     ),
     "fractional features": (
         lambda: fc.init_linear(KEY, 4.0, 3),
@@ -203,13 +204,28 @@ CASES = {
     ),
     "bilinear of a linear layer": (
         lambda: fc.apply_bilinear(LAYER, X, X),
+        TypeError,
+        "apply_bilinear: expected params to be BilinearParams, got LinearParams",
+    ),
+    "bilinear of a matrix": (
+        lambda: fc.apply_bilinear(fc.BilinearParams(*LAYER), X, X),
         ValueError,
         r"apply_bilinear: expected .* weight \(in1, in2, out\), got .* \(4, 3\)",
+    ),
+    "linear of a convolution": (
+        lambda: fc.apply_linear(fc.init_conv(KEY, (1, 1), 4, 3), X),
+        TypeError,
+        "apply_linear: .* LinearParams, got ConvParams; conv_to_linear converts a convolution",
+    ),
+    "linear of a bilinear layer": (
+        lambda: fc.apply_linear(BILINEAR, X),
+        TypeError,
+        "apply_linear: .* LinearParams, got BilinearParams; apply_bilinear applies",
     ),
     "bilinear bias of two axes": (
         lambda: fc.apply_bilinear(BILINEAR._replace(bias=BILINEAR.weight[0]), X, jnp.ones((2, 5))),
         ValueError,
-        r"apply_bilinear: expected a bias \(out,\), got shape \(5, 3\)",
+        r"apply_bilinear: expected a weight \(in1, in2, out\) and a bias \(out,\), got .* \(5, 3\)",
     ),
     "bilinear features a pair": (
         lambda: fc.init_bilinear(KEY, (2, 3), 4, 5),
@@ -219,11 +235,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_error(name):
-    call, error, message = CASES[name]
-    with pytest.raises(error, match=message):
-        call()
+test_error = bad_calls(CASES)
 
 
 @pytest.mark.parametrize("name", CASES)

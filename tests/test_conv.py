@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import jax.test_util
 import numpy as np
 import pytest
+from bad_calls import bad_calls
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from strategies import window_cases
 
 import fclayers as fc
-from fclayers import _convolution
-from fclayers._windows import make_geometry
+from fclayers.kernels import convolution
+from fclayers.kernels.windows import make_geometry
 
 
 @st.composite
@@ -143,8 +144,8 @@ def test_max_pool_gives_the_gradient_to_the_first_maximum():
 
 def test_dilated_max_pools_have_gradients():
     x = jax.random.normal(jax.random.key(0), (7, 9, 2))
-    gradient = jax.grad(lambda x: fc.max_pool(x, 2, stride=1, dilation=2).sum())(x)
-    winners, counts = np.unique(fc.max_pool(x, 2, stride=1, dilation=2), return_counts=True)
+    gradient = jax.grad(lambda x: fc.max_pool(x, (2, 2), stride=1, dilation=2).sum())(x)
+    winners, counts = np.unique(fc.max_pool(x, (2, 2), stride=1, dilation=2), return_counts=True)
     expected = np.zeros(x.shape)
     for winner, count in zip(winners, counts, strict=True):
         expected[np.asarray(x) == winner] = count
@@ -158,12 +159,12 @@ def test_max_pool_keeps_nan(place):
 
 def test_pools_in_other_dtypes():
     integers = jnp.arange(-8, 8, dtype=jnp.int8).reshape(4, 4, 1)
-    largest = fc.max_pool(integers, 2, padding=1)
+    largest = fc.max_pool(integers, (2, 2), padding=1)
     assert largest.dtype == jnp.int8
     np.testing.assert_array_equal(largest[0, 0], [-8])
-    assert fc.avg_pool(integers, 2).dtype == jnp.float32
+    assert fc.avg_pool(integers, (2, 2)).dtype == jnp.float32
     half = jnp.ones((64, 64, 1), jnp.bfloat16)
-    np.testing.assert_array_equal(fc.avg_pool(half, 64), jnp.ones((1, 1, 1), jnp.bfloat16))
+    np.testing.assert_array_equal(fc.avg_pool(half, (64, 64)), jnp.ones((1, 1, 1), jnp.bfloat16))
 
 
 def test_init_conv_has_torchs_bounds_and_the_kernels_fans():
@@ -235,12 +236,32 @@ BAD = {
     "a linear layer": (
         lambda: fc.apply_conv(fc.init_linear(KEY, 4, 6), X),
         TypeError,
-        "apply_conv: expected params to be ConvParams, .* got LinearParams",
+        "apply_conv: .* ConvParams, got LinearParams; linear_to_conv converts it",
+    ),
+    "an integer for a kernel": (
+        lambda: fc.init_conv(KEY, 3, 4, 6),
+        ValueError,
+        r"init_conv: kernel_shape must be a tuple .*, such as \(3, 3\), got 3",
+    ),
+    "an integer for a window": (
+        lambda: fc.max_pool(X, 2),
+        ValueError,
+        r"max_pool: window_shape must be a tuple .*, such as \(3, 3\), got 2",
+    ),
+    "a window of zero": (
+        lambda: fc.avg_pool(X, (2, 0)),
+        ValueError,
+        r"avg_pool: window_shape must have entries >= 1, got \(2, 0\)",
+    ),
+    "a bilinear layer": (
+        lambda: fc.apply_conv(fc.init_bilinear(KEY, 4, 5, 6), X),
+        TypeError,
+        "apply_conv: expected params to be ConvParams, got BilinearParams",
     ),
     "kernel of four axes": (
         lambda: fc.init_conv(KEY, (3, 3, 3, 3), 4, 6),
         ValueError,
-        "init_conv: kernel_shape must have one to three entries >= 1",
+        "init_conv: kernel_shape must be a tuple with one to three entries",
     ),
     "pool larger than the map": (
         lambda: fc.max_pool(X, (9, 9)),
@@ -250,16 +271,12 @@ BAD = {
     "pool of four axes": (
         lambda: fc.avg_pool(X, (2, 2, 2, 2)),
         ValueError,
-        "avg_pool: window must have one to three entries",
+        "avg_pool: window_shape must be a tuple with one to three entries",
     ),
 }
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_error(name):
-    call, error, message = BAD[name]
-    with pytest.raises(error, match=message):
-        call()
+test_error = bad_calls(BAD)
 
 
 @given(window_cases())
@@ -269,11 +286,11 @@ def test_tiles_are_the_convolution(case):
     ndim = len(case.kernel)
     x = jnp.asarray(case.x.reshape(-1, *case.x.shape[-ndim - 1 :]), jnp.float32)
     params = fc.init_conv(jax.random.key(0), case.kernel, x.shape[-1], 3, bias=False)
-    geometry = make_geometry("test", x.shape, case.kernel, case.stride, case.padding, case.dilation)
+    geometry = make_geometry(x.shape, case.kernel, case.stride, case.padding, case.dilation)
 
     def in_tiles(weight, x):
-        with mock.patch.object(_convolution, "_TILE_PATCHES", 200):
-            return _convolution._in_tiles(x, weight, geometry, None)
+        with mock.patch.object(convolution, "_TILE_PATCHES", 200):
+            return convolution._in_tiles(x, weight, geometry, None)
 
     def plain(weight, x):
         kwargs = {"stride": case.stride, "padding": case.padding, "dilation": case.dilation}

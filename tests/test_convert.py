@@ -6,7 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
+from bad_calls import bad_calls
 from hypothesis import given
 from hypothesis import strategies as st
 from test_conv import conv_cases
@@ -146,7 +146,7 @@ BAD = {
     "a convolution": (
         lambda: fc.linear_to_conv(fc.init_conv(KEY, (3, 3), 2, 2)),
         TypeError,
-        "linear_to_conv: expected params to be LinearParams, .* got ConvParams",
+        "linear_to_conv: expected params to be LinearParams, got ConvParams",
     ),
     "one layer for a head": (
         lambda: fc.mlp_to_conv(FC),
@@ -173,11 +173,12 @@ BAD = {
         TypeError,
         "conv_to_linear: expected params to be ConvParams, got LinearParams",
     ),
+    "an integer for a kernel": (
+        lambda: fc.linear_to_conv(FC, 4, order="WC"),
+        ValueError,
+        "linear_to_conv: kernel_shape must be a tuple",
+    ),
 }
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_error(name):
-    call, error, message = BAD[name]
-    with pytest.raises(error, match=message):
-        call()
+test_error = bad_calls(BAD)

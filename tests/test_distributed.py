@@ -57,7 +57,7 @@ def run_process(process_id, num_processes, port, killed):
     x = np.asarray(jax.random.normal(jax.random.key(1), (16, 16)))
     labels = np.asarray(jax.random.randint(jax.random.key(2), (16,), 0, 8))
     expected = jax.jit(train)(params, x, labels)
-    specs = *fc.mlp_specs(params[:2]), fc.linear_specs(params[2], "column")
+    specs = *fc.mlp_specs(params[:2]), fc.partition_specs(params[2], "column")
     for axis_type in (AxisType.Auto, AxisType.Explicit):
         shape = num_processes // 2, 2
         mesh = jax.make_mesh(shape, ("data", "model"), axis_types=(axis_type,) * 2)
@@ -155,7 +155,7 @@ def test_the_example_goes_on_after_a_process_was_killed(tmp_path):
         run.kill()
         run.wait()
     printed = run_example(*arguments)
-    assert re.search(r"Going on    after epoch [1-8]\n", printed)
+    assert re.search(r"Resumed     after epoch [1-8]\n", printed)
     assert float(re.search(r"at most (\S+) apart", printed)[1]) <= 1e-5
 
 

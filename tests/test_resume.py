@@ -24,7 +24,7 @@ import optax
 import pytest
 
 import fclayers as fc
-from fclayers import checkpoints
+from fclayers.train import checkpoints
 
 pytestmark = pytest.mark.slow
 
@@ -41,12 +41,14 @@ def loss_fn(params, batch, key):
 
 
 def new_state():
-    return fc.init_state(fc.init_linear(jax.random.key(0), 6, 1), OPTIMIZER, jax.random.key(1))
+    return fc.train.init_state(
+        fc.init_linear(jax.random.key(0), 6, 1), OPTIMIZER, jax.random.key(1)
+    )
 
 
 def run_fit(directory, *, epochs=12, **others):
     arguments = {"batch_size": 16, "checkpoint_every": 4, "chunk_size": 32, **others}
-    return fc.fit(
+    return fc.train.fit(
         new_state(),
         DATA,
         loss_fn,
@@ -263,10 +265,15 @@ def test_every_kind_of_array_comes_back(tmp_path):
             return sum(jnp.abs(a).sum().astype(float) for a in jax.tree.leaves(params))
 
         run = partial(
-            fc.fit, data=np.ones(8), loss_fn=loss, optimizer=optimizer, batch_size=4, progress=False
+            fc.train.fit,
+            data=np.ones(8),
+            loss_fn=loss,
+            optimizer=optimizer,
+            batch_size=4,
+            progress=False,
         )
         for key in (jax.random.key(3, impl="rbg"), jax.random.PRNGKey(3)):
-            state = fc.init_state(params, optimizer, key)
+            state = fc.train.init_state(params, optimizer, key)
             whole = run(state, epochs=3)
             directory = tmp_path / str(key.shape)
             run(state, epochs=1, checkpoint_dir=directory)

@@ -54,22 +54,22 @@ def trees(draw):
 @given(trees())
 def test_round_trip(tmp_path_factory, tree):
     path = tmp_path_factory.mktemp("trees") / "tree.safetensors"
-    fc.save_safetensors(path, tree)
-    loaded = fc.load_safetensors(path, tree)
+    fc.interop.save_safetensors(path, tree)
+    loaded = fc.interop.load_safetensors(path, tree)
     chex.assert_trees_all_equal(loaded, tree)
     assert isinstance(loaded["ω/list"][1], Custom)
     abstract = jax.eval_shape(lambda tree: tree, tree)
-    chex.assert_trees_all_equal(fc.load_safetensors(path, abstract), tree)
-    flat = fc.load_safetensors(path)
+    chex.assert_trees_all_equal(fc.interop.load_safetensors(path, abstract), tree)
+    flat = fc.interop.load_safetensors(path)
     assert set(flat) >= {"mlp.0.weight", "ω/list.1.array", "numbered.3"}
     assert all(type(array) is np.ndarray for array in flat.values())
 
 
 def test_64_bits_are_kept_for_numpy(tmp_path):
     tree = {"a": np.arange(3, dtype=np.int64), "b": np.full(2, np.pi)}
-    fc.save_safetensors(tmp_path / "f", tree)
-    chex.assert_trees_all_equal(fc.load_safetensors(tmp_path / "f"), tree)
-    assert fc.load_safetensors(tmp_path / "f")["b"].dtype == np.float64
+    fc.interop.save_safetensors(tmp_path / "f", tree)
+    chex.assert_trees_all_equal(fc.interop.load_safetensors(tmp_path / "f"), tree)
+    assert fc.interop.load_safetensors(tmp_path / "f")["b"].dtype == np.float64
 
 
 def test_the_bytes_are_the_formats(tmp_path):
@@ -78,14 +78,14 @@ def test_the_bytes_are_the_formats(tmp_path):
     encoded = json.dumps(header).encode()
     path = tmp_path / "by_hand"
     path.write_bytes(struct.pack("<Q", len(encoded)) + encoded + b"\x80\x3f\x00\xc0")
-    loaded = fc.load_safetensors(path)["b"]
+    loaded = fc.interop.load_safetensors(path)["b"]
     assert loaded.dtype == jnp.bfloat16
     np.testing.assert_array_equal(loaded.astype(np.float32), [1, -2])
 
 
 def test_all_differences_from_like_are_named(tmp_path):
     path = tmp_path / "mlp"
-    fc.save_safetensors(path, {"a": jnp.ones(2), "b": jnp.ones(3), "c": jnp.ones(4)})
+    fc.interop.save_safetensors(path, {"a": jnp.ones(2), "b": jnp.ones(3), "c": jnp.ones(4)})
     like = {"b": jnp.ones(3, jnp.bfloat16), "c": jnp.ones((2, 2)), "d": jnp.ones(1)}
     message = (
         r"(?s)load_safetensors: .*mlp: nothing was loaded, because of\s+"
@@ -95,12 +95,12 @@ def test_all_differences_from_like_are_named(tmp_path):
         r"c should be of shape \(2, 2\) and dtype float32, is of shape \(4,\) and dtype float32"
     )
     with pytest.raises(ValueError, match=message):
-        fc.load_safetensors(path, like)
+        fc.interop.load_safetensors(path, like)
 
 
 def test_saving_replaces_whole_files_or_nothing(tmp_path, monkeypatch):
     path = tmp_path / "params"
-    fc.save_safetensors(path, {"a": jnp.ones(2)})
+    fc.interop.save_safetensors(path, {"a": jnp.ones(2)})
     before = path.read_bytes()
 
     def fail(descriptor):
@@ -108,13 +108,13 @@ def test_saving_replaces_whole_files_or_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="No space left"):
-        fc.save_safetensors(path, {"a": jnp.zeros(2)})
+        fc.interop.save_safetensors(path, {"a": jnp.zeros(2)})
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["params"]
 
 
 def test_a_saved_file_has_the_usual_permissions(tmp_path):
-    fc.save_safetensors(tmp_path / "params", {"a": jnp.ones(2)})
+    fc.interop.save_safetensors(tmp_path / "params", {"a": jnp.ones(2)})
     (tmp_path / "other").touch()
     modes = {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("params", "other")}
     assert len(modes) == 1
@@ -131,7 +131,7 @@ def test_a_saved_file_has_the_usual_permissions(tmp_path):
 )
 def test_trees_that_cannot_be_saved(tmp_path, tree, error, message):
     with pytest.raises(error, match=message):
-        fc.save_safetensors(tmp_path / "file", tree)
+        fc.interop.save_safetensors(tmp_path / "file", tree)
     assert not list(tmp_path.iterdir())
 
 
@@ -162,14 +162,14 @@ def test_broken_files_are_refused(tmp_path, name):
     path = tmp_path / "broken"
     path.write_bytes(BROKEN[name])
     with pytest.raises(ValueError, match=r"load_safetensors: .*broken"):
-        fc.load_safetensors(path)
+        fc.interop.load_safetensors(path)
 
 
 def test_ten_thousand_mutated_files(tmp_path):
     """Bytes changed, cut, doubled; digits of the header changed: the documented error or arrays."""
     rng = np.random.default_rng(0)
     path = tmp_path / "mutated"
-    fc.save_safetensors(path, fc.init_mlp(jax.random.key(0), [3, 4, 2], dtype=jnp.bfloat16))
+    fc.interop.save_safetensors(path, fc.init_mlp(jax.random.key(0), [3, 4, 2], dtype=jnp.bfloat16))
     sound = path.read_bytes()
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     refused = sum(not loads_or_refuses(path, mutate(rng, sound)) for _ in range(10_000))
@@ -201,7 +201,7 @@ def mutate(rng, data):
 def loads_or_refuses(path: Path, data: bytes) -> bool:
     path.write_bytes(data)
     try:
-        arrays = fc.load_safetensors(path)
+        arrays = fc.interop.load_safetensors(path)
     except ValueError as error:
         assert str(error).startswith(f"load_safetensors: {path}")  # noqa: PT017
         return False

@@ -10,17 +10,16 @@ import pytest
 import fclayers as fc
 
 KEY = jax.random.key(0)
-SHAPES = jax.eval_shape(fc.init_vgg16, KEY)
+SHAPES = jax.eval_shape(fc.models.vgg.init_vgg16, KEY)
 
 
-def test_the_fully_connected_layers_hold_89_percent(capsys):
+def test_the_fully_connected_layers_hold_89_percent():
     def count(tree):
         return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
     assert count(SHAPES) == 138_357_544
     assert count(SHAPES.classifier) == 123_642_856
-    fc.summarize(SHAPES)
-    lines = capsys.readouterr().out.splitlines()
+    lines = str(fc.summarize(SHAPES)).splitlines()
     shares = [float(line.split()[-1][:-1]) for line in lines if "classifier" in line]
     assert 89 <= sum(shares) < 90
     assert "138,357,544" in lines[-1]
@@ -46,7 +45,7 @@ def slim():
 def test_the_score_map_is_the_network_at_every_position_of_its_last_feature_map():
     params = slim()
     images = np.random.default_rng(0).standard_normal((1, 224, 256, 3)).astype(np.float32)
-    scores = fc.vgg16_score_map(params, images)
+    scores = fc.models.vgg.vgg16_score_map(params, images)
     assert scores.shape == (1, 1, 2, 125)
     maps = jnp.asarray(images)
     for block in params.features:
@@ -59,16 +58,18 @@ def test_the_score_map_is_the_network_at_every_position_of_its_last_feature_map(
         window = maps[:, :, column : column + 7].reshape(1, -1)
         expected = fc.apply_mlp(params.classifier, window)
         np.testing.assert_allclose(scores[:, 0, column], expected, rtol=1e-4, atol=1e-5)
-    single = fc.vgg16_score_map(params, images[0, :, :224])[0, 0]
+    single = fc.models.vgg.vgg16_score_map(params, images[0, :, :224])[0, 0]
     np.testing.assert_allclose(
-        fc.apply_vgg16(params, images[0, :, :224]), single, rtol=1e-4, atol=1e-5
+        fc.models.vgg.apply_vgg16(params, images[0, :, :224]), single, rtol=1e-4, atol=1e-5
     )
 
 
 def test_dropout_needs_a_key():
     images = jax.ShapeDtypeStruct((224, 224, 3), jnp.float32)
     with pytest.raises(ValueError, match=r"dropout_rate=0\.5 needs a key"):
-        jax.eval_shape(lambda p, x: fc.apply_vgg16(p, x, dropout_rate=0.5), SHAPES, images)
+        jax.eval_shape(
+            lambda p, x: fc.models.vgg.apply_vgg16(p, x, dropout_rate=0.5), SHAPES, images
+        )
 
 
 def state_dict(num_classes=1000):
@@ -90,8 +91,8 @@ def test_weights_by_torchvisions_names_in_any_order():
     arrays = state_dict(num_classes=7)
     arrays["features.14.bias"][3] = 1
     arrays["classifier.0.weight"][5, 2 * 49 + 3 * 7 + 4] = 2  # channel 2, row 3, column 4
-    params = fc.vgg16_from_torch(dict(reversed(arrays.items())))
-    shapes = jax.eval_shape(lambda key: fc.init_vgg16(key, num_classes=7), KEY)
+    params = fc.interop.vgg16_from_torch(dict(reversed(arrays.items())))
+    shapes = jax.eval_shape(lambda key: fc.models.vgg.init_vgg16(key, num_classes=7), KEY)
     assert jax.tree.structure(params) == jax.tree.structure(shapes)
     assert [x.shape for x in jax.tree.leaves(params)] == [x.shape for x in jax.tree.leaves(shapes)]
     assert params.features[2][2].bias[3] == 1
@@ -111,39 +112,39 @@ def test_all_that_is_wrong_with_a_state_dict_is_named():
         r"classifier\.3\.weight should be of shape \(4096, 4096\), is of shape \(4096, 1\)$"
     )
     with pytest.raises(ValueError, match=message):
-        fc.vgg16_from_torch(arrays)
+        fc.interop.vgg16_from_torch(arrays)
 
 
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
         (
-            lambda: fc.apply_vgg16(SHAPES, jnp.ones((256, 288, 3))),
+            lambda: fc.models.vgg.apply_vgg16(SHAPES, jnp.ones((256, 288, 3))),
             ValueError,
             r"apply_vgg16: expected images of shape .* got \(256, 288, 3\); vgg16_score_map",
         ),
         (
-            lambda: fc.vgg16_score_map(SHAPES, jnp.ones((200, 288, 3))),
+            lambda: fc.models.vgg.vgg16_score_map(SHAPES, jnp.ones((200, 288, 3))),
             ValueError,
             r"vgg16_score_map: expected images of at least 224×224 pixels, got shape \(200, 288",
         ),
         (
-            lambda: fc.vgg16_score_map(SHAPES, jnp.ones((3, 256, 256))),
+            lambda: fc.models.vgg.vgg16_score_map(SHAPES, jnp.ones((3, 256, 256))),
             ValueError,
             r"vgg16_score_map: expected images of shape .* got \(3, 256, 256\)",
         ),
         (
-            lambda: fc.apply_vgg16(SHAPES.classifier, jnp.ones((224, 224, 3))),
+            lambda: fc.models.vgg.apply_vgg16(SHAPES.classifier, jnp.ones((224, 224, 3))),
             TypeError,
             "apply_vgg16: expected params to be Vgg16Params, got tuple",
         ),
         (
-            lambda: fc.init_vgg16(KEY, num_classes=-1),
+            lambda: fc.models.vgg.init_vgg16(KEY, num_classes=-1),
             ValueError,
             "init_vgg16: num_classes must be an integer >= 0, got -1",
         ),
         (
-            lambda: fc.vgg16_from_torch([1]),
+            lambda: fc.interop.vgg16_from_torch([1]),
             TypeError,
             "vgg16_from_torch: expected a mapping of names to arrays, got list",
         ),

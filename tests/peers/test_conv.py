@@ -59,16 +59,16 @@ def test_pools_and_their_gradients_are_torchs(ceil_mode):
     y = F.max_pool2d(inputs, 3, 2, padding=1, ceil_mode=ceil_mode)
     y.square().sum().backward()
     np.testing.assert_array_equal(
-        fc.max_pool(x, 3, stride=2, padding=padding),
+        fc.max_pool(x, (3, 3), stride=2, padding=padding),
         channels_last(y.detach()),
     )
-    gradient = jax.grad(lambda x: (fc.max_pool(x, 3, stride=2, padding=padding) ** 2).sum())(x)
+    gradient = jax.grad(lambda x: (fc.max_pool(x, (3, 3), stride=2, padding=padding) ** 2).sum())(x)
     np.testing.assert_allclose(gradient, channels_last(inputs.grad), rtol=1e-6)
     for count_include_pad in (False, True):
         expected = F.avg_pool2d(
             channels_first(x, 2), 3, 2, padding=1, count_include_pad=count_include_pad
         )
-        y = fc.avg_pool(x, 3, stride=2, padding=1, count_include_pad=count_include_pad)
+        y = fc.avg_pool(x, (3, 3), stride=2, padding=1, count_include_pad=count_include_pad)
         np.testing.assert_allclose(y, channels_last(expected), rtol=1e-6)
 
 

@@ -54,9 +54,9 @@ def test_torch_model():
         torch.nn.Linear(8, 3),
     )
     images = torch.tensor(IMAGES).movedim(-1, 1)
-    layers = fc.from_torch(model.state_dict(), flattened=(4, 4, 3))
+    layers = fc.interop.from_torch(model.state_dict(), flattened=(4, 4, 3))
     assert_close(network(*layers.values()), model(images).detach())
-    back = fc.to_torch(jax.tree.map(lambda x: 2 * x, layers), flattened=(4, 4, 3))
+    back = fc.interop.to_torch(jax.tree.map(lambda x: 2 * x, layers), flattened=(4, 4, 3))
     expected = {name: 2 * tensor for name, tensor in model.state_dict().items()}
     model.load_state_dict({name: torch.from_numpy(array) for name, array in back.items()})
     for name, tensor in model.state_dict().items():
@@ -67,7 +67,7 @@ def test_torch_model():
 def test_torch_bilinear(sizes, bias):
     layer = torch.nn.Bilinear(*sizes, bias=bias)
     x1, x2 = torch.randn(5, sizes[0]), torch.randn(5, sizes[1])
-    params = fc.from_torch(layer.state_dict(), bilinear=True)
+    params = fc.interop.from_torch(layer.state_dict(), bilinear=True)
     assert_close(fc.apply_bilinear(params, x1.numpy(), x2.numpy()), layer(x1, x2).detach())
 
 
@@ -76,7 +76,7 @@ def test_a_layer_behind_torchs_flatten(sizes):
     channels, height, width, outputs = sizes
     layer = torch.nn.Linear(channels * height * width, outputs)
     maps = torch.randn(2, channels, height, width)
-    params = fc.from_torch(layer.state_dict(), flattened=(channels, height, width))
+    params = fc.interop.from_torch(layer.state_dict(), flattened=(channels, height, width))
     scores = fc.apply_conv(fc.linear_to_conv(params, (height, width)), maps.movedim(1, -1).numpy())
     np.testing.assert_allclose(scores[:, 0, 0], layer(maps.flatten(1)).detach(), atol=1e-5)
 
@@ -85,7 +85,7 @@ def test_a_layer_behind_torchs_flatten(sizes):
 def test_torch_dtypes(dtype):
     layer = torch.nn.Linear(3, 4, dtype=dtype)
     with jax.enable_x64(dtype == torch.float64):
-        params = fc.from_torch(dict(layer.named_parameters()))
+        params = fc.interop.from_torch(dict(layer.named_parameters()))
         assert str(params.weight.dtype) == str(dtype).removeprefix("torch.")
         np.testing.assert_array_equal(
             np.asarray(params.weight, np.float64), layer.weight.detach().double().T
@@ -105,9 +105,9 @@ class Linen(nn.Module):
 
 def test_linen_model():
     y, variables = Linen().init_with_output(jax.random.key(0), IMAGES)
-    layers = fc.from_flax(variables["params"])
+    layers = fc.interop.from_flax(variables["params"])
     assert_close(network(layers["Conv_0"], layers["Dense_0"], layers["Dense_1"]), y)
-    back = fc.to_flax(layers)
+    back = fc.interop.to_flax(layers)
     assert jax.tree.structure(back) == jax.tree.structure(variables["params"])
     np.testing.assert_array_equal(Linen().apply({"params": back}, IMAGES), y)
 
@@ -127,10 +127,10 @@ def test_nnx_model(pure):
     model = Nnx(nnx.Rngs(0))
     y = model(jnp.asarray(IMAGES))
     graph, state = nnx.split(model)
-    layers = fc.from_flax(nnx.to_pure_dict(state) if pure else state)
+    layers = fc.interop.from_flax(nnx.to_pure_dict(state) if pure else state)
     assert_close(network(layers["conv"], layers["head"][0], layers["head"][1]), y)
     empty = jax.tree.map(jnp.zeros_like, state)
-    nnx.replace_by_pure_dict(empty, fc.to_flax(layers))
+    nnx.replace_by_pure_dict(empty, fc.interop.to_flax(layers))
     np.testing.assert_array_equal(nnx.merge(graph, empty)(jnp.asarray(IMAGES)), y)
 
 
@@ -141,11 +141,11 @@ def test_haiku_model():
 
     model = hk.without_apply_rng(hk.transform(forward))
     params = model.init(jax.random.key(0), IMAGES)
-    layers = fc.from_haiku(params)
+    layers = fc.interop.from_haiku(params)
     head = layers["mlp/~/linear_0"], layers["mlp/~/linear_1"]
     assert_close(network(layers["conv2_d"], *head), model.apply(params, IMAGES))
     np.testing.assert_array_equal(
-        model.apply(fc.to_haiku(layers), IMAGES), model.apply(params, IMAGES)
+        model.apply(fc.interop.to_haiku(layers), IMAGES), model.apply(params, IMAGES)
     )
 
 
@@ -161,11 +161,11 @@ def test_equinox_model():
     keys = jax.random.split(jax.random.key(0))
     model = Equinox(eqx.nn.Conv2d(2, 4, 3, key=keys[0]), eqx.nn.MLP(48, 3, 8, 1, key=keys[1]))
     y = jax.vmap(model)(IMAGES)
-    layers = fc.from_equinox(model)
+    layers = fc.interop.from_equinox(model)
     head = layers["mlp"]["layers"].values()
     assert_close(network(layers["conv"], *head, order="CHW"), y)
     arrays, rest = eqx.partition(model, eqx.is_array)
-    back = fc.to_equinox(layers)
+    back = fc.interop.to_equinox(layers)
     leaves = [back["conv"]["weight"], back["conv"]["bias"]]
     leaves += [back["mlp"]["layers"][i][part] for i in (0, 1) for part in ("weight", "bias")]
     restored = eqx.combine(jax.tree.unflatten(jax.tree.structure(arrays), leaves), rest)
@@ -183,9 +183,9 @@ def test_keras_model():
         ]
     )
     weights = {variable.path: variable for variable in model.variables}
-    (layers,) = fc.from_keras(weights).values()
+    (layers,) = fc.interop.from_keras(weights).values()
     assert_close(network(*layers.values()), model(IMAGES))
-    back = fc.to_keras(fc.from_keras(weights))
+    back = fc.interop.to_keras(fc.interop.from_keras(weights))
     assert back.keys() == weights.keys()
     for variable in model.variables:
         np.testing.assert_array_equal(back[variable.path], variable)
@@ -194,7 +194,7 @@ def test_keras_model():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_safetensors_files_are_pytorchs(tmp_path, dtype):
     mlp = fc.init_mlp(jax.random.key(0), [3, 4, 2], dtype=dtype)
-    fc.save_safetensors(tmp_path / "ours", mlp)
+    fc.interop.save_safetensors(tmp_path / "ours", mlp)
     tensors = safetensors.torch.load_file(tmp_path / "ours")
     for name in ("0.weight", "0.bias", "1.weight", "1.bias"):
         layer, part = mlp[int(name[0])], name[2:]
@@ -203,7 +203,7 @@ def test_safetensors_files_are_pytorchs(tmp_path, dtype):
             tensors[name].float(), np.asarray(getattr(layer, part), np.float32)
         )
     safetensors.torch.save_file(tensors, tmp_path / "theirs")
-    loaded = fc.load_safetensors(tmp_path / "theirs", mlp)
+    loaded = fc.interop.load_safetensors(tmp_path / "theirs", mlp)
     for ours, theirs in zip(jax.tree.leaves(mlp), jax.tree.leaves(loaded), strict=True):
         assert ours.tobytes() == theirs.tobytes()
 
@@ -211,7 +211,7 @@ def test_safetensors_files_are_pytorchs(tmp_path, dtype):
 def test_a_torch_checkpoint_in_safetensors(tmp_path):
     layer = torch.nn.Linear(3, 4, dtype=torch.bfloat16)
     safetensors.torch.save_file(layer.state_dict(), tmp_path / "layer")
-    params = fc.from_torch(fc.load_safetensors(tmp_path / "layer"))
+    params = fc.interop.from_torch(fc.interop.load_safetensors(tmp_path / "layer"))
     np.testing.assert_array_equal(
         np.asarray(params.weight, np.float32), layer.weight.float().T.detach()
     )

@@ -389,7 +389,7 @@ def narrow_vgg(key):
             channels = width
         features.append(tuple(block))
     head = fc.init_mlp(next(keys), [7 * 7 * channels, 512, 512, OUTPUTS], weight_init=he)
-    return fc.Vgg16Params(tuple(features), head)
+    return fc.models.vgg.Vgg16Params(tuple(features), head)
 
 
 VGG_IMAGE = np.random.default_rng(3).standard_normal((224, 288, 3)).astype(np.float32)
@@ -398,21 +398,21 @@ VGG_IMAGE = np.random.default_rng(3).standard_normal((224, 288, 3)).astype(np.fl
 def test_vgg_pads_every_window():
     image = VGG_IMAGE[:, :256]
     params = narrow_vgg(KEY)
-    y = jax.jit(fc.slide(fc.apply_vgg16, (224, 224), stride=32))(params, image)
-    expected = naive(fc.apply_vgg16, (224, 224), stride=32)(params, image)
+    y = jax.jit(fc.slide(fc.models.vgg.apply_vgg16, (224, 224), stride=32))(params, image)
+    expected = naive(fc.models.vgg.apply_vgg16, (224, 224), stride=32)(params, image)
     assert_close(y, expected)
 
 
 def test_vgg_is_its_score_map():
     params = narrow_vgg(KEY)
-    sliding = fc.slide(fc.apply_vgg16, (224, 224), stride=32, edges="image")
+    sliding = fc.slide(fc.models.vgg.apply_vgg16, (224, 224), stride=32, edges="image")
     assert_shared(sliding, params, VGG_IMAGE)
     sliding = jax.jit(sliding)
     single = VGG_IMAGE[:, 32:256]
-    assert_close(sliding(params, single)[0, 0], fc.apply_vgg16(params, single))
+    assert_close(sliding(params, single)[0, 0], fc.models.vgg.apply_vgg16(params, single))
     y = sliding(params, VGG_IMAGE)
     assert y.shape == (1, 3, OUTPUTS)
-    assert_close(y, fc.vgg16_score_map(params, VGG_IMAGE))
+    assert_close(y, fc.models.vgg.vgg16_score_map(params, VGG_IMAGE))
 
 
 def test_a_padded_network_is_torchs_fully_convolutional_one():
@@ -429,13 +429,13 @@ def test_a_padded_network_is_torchs_fully_convolutional_one():
     model = torch.nn.Sequential(
         *features, torch.nn.Flatten(), hidden, torch.nn.ReLU(), last
     ).requires_grad_(False)
-    layers = list(fc.from_torch(model.state_dict(), flattened=(12, 5, 5)).values())
+    layers = list(fc.interop.from_torch(model.state_dict(), flattened=(12, 5, 5)).values())
 
     def forward(layers, x):
         first, second, *head = layers
-        x = fc.max_pool(jax.nn.relu(fc.apply_conv(first, x, padding=1)), 2)
+        x = fc.max_pool(jax.nn.relu(fc.apply_conv(first, x, padding=1)), (2, 2))
         x = jax.nn.relu(fc.apply_conv(second, x, stride=2, padding=2))
-        return fc.apply_mlp(head, fc.avg_pool(x, 3, stride=1, padding=1).ravel())
+        return fc.apply_mlp(head, fc.avg_pool(x, (3, 3), stride=1, padding=1).ravel())
 
     image = np.random.default_rng(4).standard_normal((28, 40, 3)).astype(np.float32)
     x = torch.from_numpy(image).movedim(-1, 0)[None]

@@ -36,7 +36,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def params(model):
-    return fc.vgg16_from_torch(model.state_dict())
+    return fc.interop.vgg16_from_torch(model.state_dict())
 
 
 def images(height, width):
@@ -52,8 +52,8 @@ def test_class_scores_are_torchs(model, params):
     with torch.no_grad():
         maps = model.features(torch.tensor(x).movedim(-1, 1))
         expected = model.classifier(maps.flatten(1)).numpy()
-    assert_close(fc.apply_vgg16(params, x), expected)
-    assert_close(fc.vgg16_score_map(params, x)[:, 0, 0], expected)
+    assert_close(fc.models.vgg.apply_vgg16(params, x), expected)
+    assert_close(fc.models.vgg.vgg16_score_map(params, x)[:, 0, 0], expected)
 
 
 def test_score_map_is_torchs_converted_network(model, params):
@@ -66,10 +66,10 @@ def test_score_map_is_torchs_converted_network(model, params):
         maps = F.conv2d(maps, third.weight.view(1000, 4096, 1, 1), third.bias)
         expected = maps.movedim(1, -1).numpy()
     assert expected.shape == (2, 2, 3, 1000)
-    assert_close(fc.vgg16_score_map(params, x), expected)
+    assert_close(fc.models.vgg.vgg16_score_map(params, x), expected)
 
 
 def test_names_and_shapes_are_torchs(model):
-    params = jax.eval_shape(fc.init_vgg16, jax.random.key(0))
+    params = jax.eval_shape(fc.models.vgg.init_vgg16, jax.random.key(0))
     count = sum(parameter.numel() for parameter in model.parameters())
     assert count == sum(leaf.size for leaf in jax.tree.leaves(params)) == 138_357_544
