@@ -3,6 +3,8 @@
 Run it with `python examples/linear_by_hand.py`.
 """
 
+import argparse
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -77,5 +79,6 @@ def _format(array: jax.Array) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     one_output()
     a_batch()

@@ -1,6 +1,6 @@
 """Kill a training run in the middle, start it again, and end with the same bits.
 
-Three processes: one trains without a break, one kills itself on the way, one goes on from its
+Three processes: one trains without a break, one kills itself on the way, one resumes from its
 checkpoints. Run it with `python examples/resume.py`; `--help` explains the flags.
 """
 
@@ -16,27 +16,17 @@ from pathlib import Path
 import jax
 import numpy as np
 import optax
-from sklearn.datasets import load_digits
+from common import accuracy, digits, loss_fn, positive
 
 import fclayers as fc
-
-DROPOUT_RATE = 0.2
-
-
-def loss_fn(params, batch, key):
-    """Mean cross-entropy of one batch, with dropout, and the share of digits that are right."""
-    logits = fc.apply_mlp(params, batch["images"], dropout_rate=DROPOUT_RATE, key=key)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])
-    return losses.mean(), {"accuracy": (logits.argmax(-1) == batch["labels"]).mean()}
 
 
 def train(directory: Path, epochs: int, kill_at: int | None) -> str:
     """Trains to the end, or kills this process after an epoch; returns a hash of all results."""
-    images, labels = load_digits(return_X_y=True)
-    data = {"images": images.astype(np.float32) / 16, "labels": labels}
+    data, val, _ = digits(seed=0)
     optimizer = optax.adam(1e-3)
     params = fc.init_mlp(jax.random.key(0), [64, 128, 128, 10])
-    state = fc.init_state(params, optimizer, jax.random.key(1))
+    state = fc.train.init_state(params, optimizer, jax.random.key(1))
     print(f"  process {os.getpid()}, checkpoints in {directory}", flush=True)
 
     def kill(epoch, state, metrics):
@@ -44,13 +34,14 @@ def train(directory: Path, epochs: int, kill_at: int | None) -> str:
             print(f"  killed at step {state.step}, loss {metrics['train_loss']:.4f}", flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
 
-    state, history = fc.fit(
+    state, history = fc.train.fit(
         state,
         data,
         loss_fn,
         optimizer,
         epochs=epochs,
         batch_size=64,
+        eval_fn=lambda params: {"accuracy": accuracy(params, val)},
         callbacks=[kill],
         checkpoint_dir=directory,
         checkpoint_every=50,
@@ -78,7 +69,7 @@ def main(argv: list[str] | None = None) -> bool:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--epochs", type=int, default=20, help="passes over the digits")
+    parser.add_argument("--epochs", type=positive, default=20, help="passes over the digits")
     parser.add_argument("--output", type=Path, default=Path("outputs/resume"), help="a new folder")
     parser.add_argument("--train", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--kill-at", type=int, help=argparse.SUPPRESS)

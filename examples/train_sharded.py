@@ -4,12 +4,13 @@
     python examples/train_sharded.py --devices 8     # eight, forced on the host's processor
     python examples/train_sharded.py --processes 4   # four processes on this host
 
-The mesh has the axes data × model: the digits of a batch are divided along the first, the weights
+The mesh has the axes data × model: the digits of a batch are sharded along the first, the weights
 along the second. With several processes the script starts one of itself for each, and prints the
 commands; with the address of a machine for `localhost`, those are what to run on several machines.
 With `--checkpoint FILE` the first process saves the state after every epoch, and a run that was
-killed goes on from there. At the end the first process trains once more on one device, and prints
-how far the two are apart.
+killed resumes from there. At the end the first process trains once more on one device, and prints
+how far the two are apart. The loop is written out here, because `fc.train.fit` reads whole arrays
+on the host, and no process has the whole of an array that is sharded over several.
 """
 
 import argparse
@@ -118,13 +119,13 @@ def train_sharded(
     test = fc.shard(test, mesh, Batches(P(), P()))
     first = 0
     if checkpoint is not None and checkpoint.exists():
-        saved = fc.load_safetensors(checkpoint, {"state": state, "epochs": np.int32(0)})
+        saved = fc.interop.load_safetensors(checkpoint, {"state": state, "epochs": np.int32(0)})
         first = int(saved["epochs"])
         state = jax.tree.map(
             lambda host, like: scatter(np.asarray(host), like), saved["state"], state
         )
         if jax.process_index() == 0:
-            print(f"Going on    after epoch {first}", flush=True)
+            print(f"Resumed     after epoch {first}", flush=True)
     loss = np.nan
     for epoch in range(first, len(batches.labels)):
         of_epoch = fc.shard(
@@ -136,7 +137,7 @@ def train_sharded(
         if checkpoint is not None:
             whole = {"state": gather(state, mesh), "epochs": np.int32(epoch + 1)}
             if jax.process_index() == 0:
-                fc.save_safetensors(checkpoint, whole)
+                fc.interop.save_safetensors(checkpoint, whole)
     whole = gather((state.params, loss, accuracy(state.params, test)), mesh)
     return whole[0], float(whole[1]), float(whole[2])
 
