@@ -67,7 +67,7 @@ def pool(
     batch: int, size: int, channels: int, window: int, stride: int, kind: str, backward: bool
 ) -> Candidates:
     x = np.random.default_rng(0).standard_normal((batch, size, size, channels), np.float32)
-    ours = partial(getattr(fc, f"{kind}_pool"), window=(window, window), stride=stride)
+    ours = partial(getattr(fc, f"{kind}_pool"), window_shape=(window, window), stride=stride)
     initial, monoid = (-jnp.inf, lax.max) if kind == "max" else (0.0, lax.add)
 
     def plain(x: jax.Array) -> jax.Array:

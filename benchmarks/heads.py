@@ -75,11 +75,11 @@ def int8(batch: int, in_features: int, out_features: int) -> Candidates:
     quantized, in_blocks = fc.quantize(layer), fc.quantize(layer, block_size=64)
 
     @jax.jit
-    def plain(params: fc.QuantizedParams, x: jax.Array) -> jax.Array:
-        return (x @ params.weight.astype(x.dtype)) * params.scale[0] + params.bias
+    def plain(params: fc.LinearParams, x: jax.Array) -> jax.Array:
+        return (x @ params.weight.values.astype(x.dtype)) * params.weight.scale[0] + params.bias
 
     module = torch.nn.Linear(in_features, out_features)
-    module.load_state_dict({k: torch.from_numpy(a) for k, a in fc.to_torch(layer).items()})
+    module.load_state_dict({k: torch.from_numpy(a) for k, a in fc.interop.to_torch(layer).items()})
     inputs = torch.tensor(np.asarray(x))
     return {
         "fclayers": partial(_ready, fc.apply_linear, quantized, x),
@@ -93,7 +93,7 @@ def int8(batch: int, in_features: int, out_features: int) -> Candidates:
 def low_rank(batch: int, rank: int) -> Candidates:
     x = jax.random.normal(jax.random.key(1), (batch, 4096))
     layer = fc.init_linear(jax.random.key(0), 4096, 4096)
-    factors = fc.LowRankParams(layer.weight[:, :rank], layer.weight[:rank], layer.bias)
+    factors = fc.LinearParams(fc.LowRank(layer.weight[:, :rank], layer.weight[:rank]), layer.bias)
     return {
         "fclayers": partial(_ready, fc.apply_linear, factors, x),
         "float32": partial(_ready, fc.apply_linear, layer, x),

@@ -5,8 +5,8 @@
 - fclayers: `jit(slide(f))`, `f` being the network for one window;
 - windows: `f` under `vmap` on windows cut out, jitted, in a loop, by the best of four batch sizes;
 - torch windows: the same in PyTorch;
-- windows: `f` under `vmap` on windows cut out, jitted, in a loop, the best of three batch sizes;
-  follows dilated, channels last;
+- torch dilated: the network rewritten by hand, with a dilation in place of each pool's stride,
+  channels last;
 - score map by hand: `vgg16_score_map`, for VGG-16;
 - peak: the products that sharing needs, at the speed of a 2048×2048 matrix product of this run.
 
@@ -71,7 +71,7 @@ def apply(network: Network, params: Any, window: jax.Array) -> jax.Array:
     x = window
     for conv, (_, _, pool) in zip(convs, network.convs, strict=True):
         x = jax.nn.relu(fc.apply_conv(conv, x))
-        x = fc.max_pool(x, pool) if pool > 1 else x
+        x = fc.max_pool(x, (pool, pool)) if pool > 1 else x
     return fc.apply_mlp(head, x.reshape(-1))
 
 
@@ -96,10 +96,12 @@ class Torch:
     """The same weights in PyTorch, for windows in batches and rewritten with dilations."""
 
     def __init__(self, network: Network, params: Any) -> None:
-        """Takes over the weights, the fully connected ones as convolutions."""
+        """Converts the weights, the fully connected ones to convolutions."""
         self.network = network
         convs, head = params
-        arrays = fc.to_torch({"convs": convs, "head": fc.mlp_to_conv(head, self._map(network))})
+        arrays = fc.interop.to_torch(
+            {"convs": convs, "head": fc.mlp_to_conv(head, self._map(network))}
+        )
         self.arrays = {name: torch.from_numpy(array) for name, array in arrays.items()}
         for name, array in self.arrays.items():
             if array.ndim == 4:
@@ -225,11 +227,13 @@ def measure(network: Network, shape: tuple[int, int], rounds: int) -> dict[str, 
 
 def measure_vgg(rounds: int) -> dict[str, float]:
     """VGG-16 at its own stride, padded at the image's border; windows are padded one by one."""
-    params = fc.init_vgg16(jax.random.key(0))
+    params = fc.models.vgg.init_vgg16(jax.random.key(0))
     image = jax.random.normal(jax.random.key(1), (448, 448, 3))
-    sliding = fc.slide(fc.apply_vgg16, (224, 224), stride=32, edges="image")
+    sliding = fc.slide(fc.models.vgg.apply_vgg16, (224, 224), stride=32, edges="image")
     convs = [conv for block in params.features for conv in block]
-    arrays = fc.to_torch({"convs": convs, "head": fc.mlp_to_conv(params.classifier, (7, 7))})
+    arrays = fc.interop.to_torch(
+        {"convs": convs, "head": fc.mlp_to_conv(params.classifier, (7, 7))}
+    )
     tensors = {
         name: torch.from_numpy(array).contiguous(
             memory_format=torch.channels_last if array.ndim == 4 else torch.contiguous_format
@@ -253,7 +257,7 @@ def measure_vgg(rounds: int) -> dict[str, float]:
         return x
 
     compiled = jax.jit(sliding).lower(params, image).compile()
-    by_hand = jax.jit(fc.vgg16_score_map)
+    by_hand = jax.jit(fc.models.vgg.vgg16_score_map)
     expected = by_torch()[0].movedim(0, -1).numpy()
     np.testing.assert_allclose(
         compiled(params, image), expected, atol=1e-3 * np.abs(expected).max()

@@ -45,8 +45,11 @@ def run(
     parser.add_argument("--output", type=Path, default=Path(default_output), help="JSON file")
     args = parser.parse_args()
 
+    chosen = [name for name in cases if args.only in name]
+    if not chosen:
+        parser.error(f"--only: no case contains {args.only!r}; one is {next(iter(cases))!r}")
     results: dict[str, Times] = {}
-    for name in tqdm([name for name in cases if args.only in name], unit="case"):
+    for name in tqdm(chosen, unit="case"):
         results[name] = time_side_by_side(cases[name](), rounds=args.rounds)
     print(format_table(results))
     args.output.parent.mkdir(parents=True, exist_ok=True)

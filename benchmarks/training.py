@@ -49,16 +49,18 @@ def loss_fn(params: Any, batch: Any, key: jax.Array) -> jax.Array:
     return cross_entropy(fc.apply_mlp(params, x), y).mean()
 
 
-def new_state(sizes: tuple[int, ...], optimizer: optax.GradientTransformation) -> fc.TrainState:
+def new_state(
+    sizes: tuple[int, ...], optimizer: optax.GradientTransformation
+) -> fc.train.TrainState:
     params = fc.init_mlp(jax.random.key(0), sizes)
-    return fc.init_state(params, optimizer, jax.random.key(1))
+    return fc.train.init_state(params, optimizer, jax.random.key(1))
 
 
 def ours(
     sizes: tuple[int, ...], batch_size: int, optimizer: optax.GradientTransformation = OPTIMIZER
 ) -> Callable[[], Any]:
     data = jax.tree.map(jnp.asarray, make_data(sizes, batch_size))
-    epoch = fc.make_epoch(loss_fn, optimizer, batch_size=batch_size)
+    epoch = fc.train.make_epoch(loss_fn, optimizer, batch_size=batch_size)
     state = new_state(sizes, optimizer)
 
     def call() -> None:
@@ -69,7 +71,7 @@ def ours(
 
 
 def ours_by_steps(sizes: tuple[int, ...], batches: Batches) -> Callable[[], Any]:
-    step = fc.make_step(loss_fn, OPTIMIZER)
+    step = fc.train.make_step(loss_fn, OPTIMIZER)
     state = new_state(sizes, OPTIMIZER)
 
     def call() -> None:
@@ -217,7 +219,7 @@ def print_cost_of_checkpoints(rounds: int = 3) -> None:
         for i in tqdm(range(2 * rounds + 2), unit="run"):
             directory = tempfile.mkdtemp() if i % 2 else None
             start = time.perf_counter()
-            fc.fit(
+            fc.train.fit(
                 new_state(sizes, OPTIMIZER),
                 data,
                 loss_fn,
