@@ -5,31 +5,27 @@ steps whose results are returned are run window by window.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from contextlib import nullcontext
+from typing import NamedTuple, cast
 
+import jax
 from jax.extend.core import JaxprEqn, Literal, Var
 
 from fclayers.sliding.calls import CALL_RULES, called_jaxpr, has_shareable_derivative
-from fclayers.sliding.equations import AnyJaxpr, bind, open_jaxpr, out_shapes
-from fclayers.sliding.layout import position_single_elements
-from fclayers.sliding.rules import RULES
-from fclayers.sliding.values import (
-    Atom,
-    Grid,
-    Unshared,
-    Value,
-    constant,
-    make_value,
-    over_positions,
-    whole,
-)
+from fclayers.sliding.costs import is_foldable, is_worth_sharing
+from fclayers.sliding.equations import AnyJaxpr, open_jaxpr, out_shapes
+from fclayers.sliding.piece_rules import PIECE_RULES
+from fclayers.sliding.pieces import Pieces, as_value, describe_borders, in_pieces, varies_inside
+from fclayers.sliding.run_rule import run_rule
+from fclayers.sliding.values import Grid, Unshared, Value, constant
 
 
 class Deferred:
     """The result of a deferred step."""
 
 
-Result = Value | Deferred
+Shared = Value | Pieces
+Result = Shared | Deferred
 
 
 class DeferredStep(NamedTuple):
@@ -83,21 +79,17 @@ def _run(trace: Trace, eqn: JaxprEqn, inputs: list[Result]) -> Sequence[Result]:
     called, first = called_jaxpr(eqn)
     if called is not None:
         return _run_call(trace, eqn, called, inputs[first:])
-    values = [value for value in inputs if isinstance(value, Value)]
+    values = [value for value in inputs if not isinstance(value, Deferred)]
     try:
         if len(values) < len(inputs):
             raise Unshared("needs a result that is computed window by window")
-        if all(value.is_constant for value in values):
-            return _note(trace, eqn, "constant", _run_constant(trace.grid, eqn, values))
-        if not any(atom.axis is not None for value in values for atom in value.atoms):
-            return _note(trace, eqn, "per position", _run_per_position(eqn, values))
         if name == "custom_jvp_call" and not has_shareable_derivative(eqn, values):
             return _run_call(trace, eqn, eqn.params["call_jaxpr"], values)
-        return _note(trace, eqn, "shared", _run_shared(trace.grid, eqn, values))
+        return _note(trace, eqn, values, _run_shared(trace.grid, eqn, values))
     except Unshared as reason:
         results = [Deferred() for _ in eqn.outvars]
         trace.deferred.append(DeferredStep(eqn, inputs, results))
-        return _note(trace, eqn, "per window", results, str(reason))
+        return _note(trace, eqn, inputs, results, str(reason))
 
 
 def _run_call(
@@ -113,50 +105,63 @@ def _run_call(
 def _note(
     trace: Trace,
     eqn: JaxprEqn,
-    kind: str,
+    inputs: Sequence[Result],
     results: Sequence[Result],
     reason: str = "",
 ) -> Sequence[Result]:
     first = results[0] if results else None
     shape = first.array.shape if isinstance(first, Value) else out_shapes(eqn)[0]
+    kind = _kind_of_step(inputs, results)
     trace.steps.append(Step((eqn, *trace.callers), kind, shape, reason))
     return results
 
 
-def _run_constant(grid: Grid, eqn: JaxprEqn, values: list[Value]) -> Sequence[Value]:
-    """By its rule, which remembers what is uniform, or else unchanged."""
-    if eqn.primitive.name in RULES:
-        try:
-            return _run_shared(grid, eqn, values)
-        except Unshared:
-            pass
-    return _run_per_position(eqn, values)
+def _kind_of_step(inputs: Sequence[Result], results: Sequence[Result]) -> str:
+    """In the words of the report."""
+    for result in results:
+        if isinstance(result, Deferred):
+            return "per window"
+        if isinstance(result, Pieces):
+            return describe_borders(result)
+    if all(isinstance(value, Value) and value.is_constant for value in inputs):
+        return "constant"
+    return "shared" if any(map(varies_inside, inputs)) else "per position"
 
 
-def _run_per_position(eqn: JaxprEqn, values: list[Value]) -> Sequence[Value]:
-    """Unchanged, mapped over the position axes."""
-    results, positions = over_positions(lambda *arrays: bind(eqn, *arrays), *map(whole, values))
-    return [
-        make_value(array, [Atom(size) for size in shape], positions)
-        for array, shape in zip(results, out_shapes(eqn), strict=True)
-    ]
-
-
-def _run_shared(grid: Grid, eqn: JaxprEqn, values: list[Value]) -> Sequence[Value]:
+def _run_shared(grid: Grid, eqn: JaxprEqn, values: Sequence[Shared]) -> Sequence[Shared]:
     name = eqn.primitive.name
 
-    def run(jaxpr: AnyJaxpr, values: Sequence[Value]) -> list[Value]:
+    def run(jaxpr: AnyJaxpr, values: Sequence[Shared]) -> list[Shared]:
         trace = Trace(grid)
         outs = interpret(trace, jaxpr, values)
         if trace.deferred:
             raise Unshared(next(step.reason for step in trace.steps if step.reason))
-        return [out for out in outs if isinstance(out, Value)]
+        return [out for out in outs if not isinstance(out, Deferred)]
 
-    if name in CALL_RULES:
+    if name in CALL_RULES and any(map(varies_inside, values)):
         return CALL_RULES[name](grid, run, eqn, *values)
-    if name not in RULES:
-        raise Unshared(f"there is no rule for {name}")
-    positions = {axis for value in values for axis in value.positions}
-    values = [position_single_elements(grid, value, positions) for value in values]
-    results = RULES[name](grid, eqn, *values)
-    return [results] if isinstance(results, Value) else results
+    whole = [value for value in values if isinstance(value, Value)]
+    if len(whole) < len(values):
+        return _run_in_pieces(grid, eqn, values)
+    try:
+        with jax.ensure_compile_time_eval() if is_foldable(eqn, whole) else nullcontext():
+            return cast("list[Shared]", run_rule(grid, eqn, *whole))
+    except Unshared:
+        if name not in PIECE_RULES:
+            raise
+    return _run_in_pieces(grid, eqn, values)
+
+
+def _run_in_pieces(grid: Grid, eqn: JaxprEqn, values: Sequence[Shared]) -> Sequence[Shared]:
+    if eqn.primitive.name not in PIECE_RULES:
+        raise Unshared(f"there is no rule for {eqn.primitive.name} on values in pieces")
+    rule = PIECE_RULES[eqn.primitive.name]
+
+    def run(values: Sequence[Pieces]) -> list[Pieces]:
+        results = rule(grid, eqn, *values)
+        return results if isinstance(results, list) else [results]
+
+    operands = [in_pieces(value) for value in values]
+    if not is_worth_sharing(grid, run, operands):
+        raise Unshared("has borders that meet inside the window")
+    return [as_value(result) for result in run(operands)]
