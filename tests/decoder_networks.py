@@ -146,7 +146,9 @@ class DecoderBuilder(PaddedBuilder):
     def unpool(self, factors, target):
         """Zeros between the elements, which a convolution fills."""
         interior = [(0, factor - 1, factor - 1) for factor in factors]
-        self.add("up: zeros between", lambda p, x: lax.pad(x, x.dtype.type(0), [*interior, (0,) * 3]))
+        self.add(
+            "up: zeros between", lambda p, x: lax.pad(x, x.dtype.type(0), [*interior, (0,) * 3])
+        )
         ones = (1,) * self.ndim
         same = Geometry((3,) * self.ndim, ones, ((1, 1),) * self.ndim, ones, "SAME")
         self.add("conv SAME", self.convolution(self.shape[-1], same))

@@ -19,8 +19,9 @@ class Geometry(NamedTuple):
 
     def name(self, operation):
         dilated = "dilated " if max(self.dilations) > 1 else ""
+        mode = self.mode if np.any(self.padding) else "VALID"
         strided = ", strided" if max(self.strides) > 1 else ""
-        return f"{dilated}{operation} {self.mode}{strided}"
+        return f"{dilated}{operation} {mode}{strided}"
 
 
 # How frameworks flatten a map of height, width and channels before a dense layer.

@@ -19,8 +19,6 @@ POOL_PADDING = ["SAME", "ceil", "explicit", "ceil", "VALID"]
 PAD_VALUES = st.sampled_from([0.0, 0.5, -1.0, 2.0])
 
 
-
-
 class PaddedBuilder(Builder):
     """Draws layers that pad."""
 
@@ -73,7 +71,7 @@ class PaddedBuilder(Builder):
         shape = (*geometry.kernel, channels // groups, out)
         weight = self.param(*shape, scale=1 / np.sqrt(fan_in))
         bias = self.param(out, scale=0.3)
-        kernel, strides, padding, dilations, mode = geometry
+        _, strides, padding, dilations, mode = geometry
         written = self.some("fc", "channels last", "channels first")
         if written == "fc":
             padding = mode if mode in ("SAME", "VALID") else padding
@@ -123,8 +121,9 @@ class PaddedBuilder(Builder):
             name, layer = "fc.max pool", lambda p, x: fc.max_pool(x, kernel, **given)
         elif kind.startswith("avg") and written == "fc":
             include = kind == "avg"
-            name, layer = f"{kind} pool", lambda p, x: fc.avg_pool(
-                x, kernel, **given, count_include_pad=include
+            name, layer = (
+                f"{kind} pool",
+                lambda p, x: fc.avg_pool(x, kernel, **given, count_include_pad=include),
             )
         else:
             name, layer = f"{kind} pool", reduce_windows(kind, geometry, self.some(True, False))
@@ -149,7 +148,8 @@ class PaddedBuilder(Builder):
             low = self.integer(-min(2, size - 1), self.room(axis))
             config.append((low, self.integer(max(-2, 1 - size - low), self.room(axis)), 0))
         value = self.draw(PAD_VALUES)
-        self.add("lax.pad", lambda p, x: lax.pad(x, x.dtype.type(value), [*config, (0, 0, 0)]))
+        name = "lax.pad" if np.max(config) > 0 else "lax.pad that crops"
+        self.add(name, lambda p, x: lax.pad(x, x.dtype.type(value), [*config, (0, 0, 0)]))
 
     def join(self):
         """Pieces of one window axis, concatenated."""
@@ -230,9 +230,8 @@ class PaddedBuilder(Builder):
         ones = (1,) * self.ndim
         one_by_one = Geometry(ones, strides, ((0, 0),) * self.ndim, ones, "VALID")
         project = self.convolution(channels, one_by_one, out) if projected else None
-        first = self.convolution(
-            channels, self.draw_geometry(["SAME", "SAME_LOWER"], strides=strides), out
-        )
+        geometry = self.draw_geometry(["SAME", "SAME_LOWER"], strides=strides)
+        first = self.convolution(channels, geometry, out)
         shape = self.shape
         self.shape = (*(-(-n // s) for n, s in zip(shape, strides, strict=False)), out)
         second = self.convolution(out, self.draw_geometry(["SAME"], strides=ones), out)
@@ -243,27 +242,25 @@ class PaddedBuilder(Builder):
             y = second(p, jax.nn.relu(first(p, x)))
             return jax.nn.relu((project(p, x) if project else x) + y)
 
-        strided = ", strided" if max(strides) > 1 else ""
-        self.add(f"residual {'projected' if projected else 'identity'} SAME{strided}", layer)
+        self.add(geometry.name("residual projected" if projected else "residual identity"), layer)
 
     def inception(self):
         """A map, a convolution and a pool of it, as more channels."""
         channels, ones = self.shape[-1], (1,) * self.ndim
         if channels > 6:
             return
-        conv = self.convolution(channels, self.draw_geometry(["SAME"], strides=ones), 2)
+        geometry = self.draw_geometry(["SAME"], strides=ones)
+        conv = self.convolution(channels, geometry, 2)
         pooled = self.draw_geometry(["SAME"], pool=True, strides=ones)
         pool = reduce_windows("avg by counts", pooled, True)
         self.add(
-            "inception SAME",
+            geometry.name("inception"),
             lambda p, x: jnp.concatenate([x, conv(p, x), pool(p, x)[..., :1]], -1),
         )
 
     def head(self, kind=None):
         """What the function returns; nothing whose choice could hang on rounding."""
-        kind = kind or self.some(
-            "map", "dense", "dense", "mlp", "axes", "mean", "max", "several"
-        )
+        kind = kind or self.some("map", "dense", "dense", "mlp", "axes", "mean", "max", "several")
         channels, flat = self.shape[-1], prod(self.shape)
         order = self.draw(st.sampled_from(list(FLATTEN)))
         wide = self.param(flat, 4, scale=1 / np.sqrt(flat))
@@ -335,7 +332,7 @@ def finish(draw, builder, *, head=None):
     def fun(params, x):
         return jax.vmap(one, (None, 0))(params, x) if batched else one(params, x)
 
-    most = {1: 8, 2: 8, 3: 3}[builder.ndim]
+    most = {1: 8, 2: 8, 3: 4}[builder.ndim]
     stride, size = [], []
     for window, step in zip(builder.window, builder.steps, strict=True):
         s = draw(st.one_of(st.integers(1, 8), st.just(step), st.just(1)))

@@ -23,6 +23,12 @@ class Case(NamedTuple):
     image: np.ndarray
     layers: list[str]
 
+    def __repr__(self):
+        return (
+            f"Case(layers={self.layers}, window={self.window}, stride={self.stride}, "
+            f"axes={self.axes}, image of shape {self.image.shape})"
+        )
+
 
 def naive(case: Case, params: Any, image: Any) -> Any:
     """The function on every window, cut out with plain indexing."""

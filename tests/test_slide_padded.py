@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from decoder_networks import decoder_cases
 from hypothesis import assume, given, settings
-from padded_layers import FLATTEN, reduce_windows
-from padded_networks import PaddedBuilder, padded_cases
+from padded_layers import FLATTEN, Geometry, pad_axis, reduce_windows
+from padded_networks import padded_cases
 from slide_networks import Case
 
 import fclayers as fc
@@ -105,3 +105,59 @@ def test_gradients(case):
 @given(decoder_cases())
 def test_gradients_of_decoders(case):
     assert_gradients_agree(case)
+
+
+@pytest.mark.parametrize("order", FLATTEN)
+@pytest.mark.parametrize("kind", ["max", "avg", "avg by counts"])
+def test_pools_in_ceil_mode(kind, order):
+    """As in networks from Caffe: 9×12 → 7×10 → 4×5 → 3×4 → 1×2, one pool pads rows, one columns."""
+    rng = np.random.default_rng(0)
+    shapes = [(3, 3, 2, 4), (2, 2, 4, 4), (8, 5)]
+    params = [rng.standard_normal(shape) for shape in shapes]
+
+    def ceil_pool(x, size):
+        axes = [pad_axis(n, size, 2, 1, "ceil") for n in x.shape[:-1]]
+        geometry = Geometry((size, size), (2, 2), tuple(axes), (1, 1), "ceil")
+        return reduce_windows(kind, geometry, whole=False)(None, x), geometry.padding
+
+    def network(params, x):
+        first, second, last = params
+        x = jax.nn.leaky_relu(fc.apply_conv(fc.ConvParams(first, None), x))
+        x, padding = ceil_pool(x, 2)
+        assert padding == ((0, 1), (0, 0))
+        x = jax.nn.leaky_relu(fc.apply_conv(fc.ConvParams(second, None), x))
+        x, padding = ceil_pool(x, 3)
+        assert padding == ((0, 0), (0, 1))
+        return FLATTEN[order](x) @ last
+
+    for stride in ((1, 3), (4, 2)):
+        image = rng.standard_normal((18, 20, 2))
+        assert_equation_holds(Case(network, params, (9, 12), stride, (0, 1), image, [kind, order]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stride", "shape"), [(32, (256, 256)), (8, (240, 232))])
+def test_vgg16(stride, shape):
+    """All layers, with an eighth of the channels."""
+    keys = iter(jax.random.split(jax.random.key(0), 20))
+    he_normal = jax.nn.initializers.he_normal()
+    with jax.enable_x64(True):
+        drawn = {"weight_init": he_normal, "dtype": jnp.float64}
+        blocks, channels = [], 3
+        for width, depth in ((8, 2), (16, 2), (32, 3), (64, 3), (64, 3)):
+            block = []
+            for _ in range(depth):
+                block.append(fc.init_conv(next(keys), (3, 3), channels, width, **drawn))
+                channels = width
+            blocks.append(tuple(block))
+        classifier = fc.init_mlp(next(keys), [7 * 7 * channels, 512, 512, 10], **drawn)
+        params = fc.models.vgg.Vgg16Params(tuple(blocks), classifier)
+        image = jax.random.normal(next(keys), (*shape, 3), jnp.float64)
+        network = fc.models.vgg.apply_vgg16
+        actual = jax.jit(fc.slide(network, (224, 224), stride=stride))(params, image)
+        one = jax.jit(network)
+        expected = [
+            [one(params, image[i : i + 224, j : j + 224]) for j in range(0, shape[1] - 223, stride)]
+            for i in range(0, shape[0] - 223, stride)
+        ]
+        assert_all_close(actual, np.array(expected), 1e-12)
