@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import strategies as st
 from jax import lax
 from padded_layers import Geometry
-from padded_networks import CONV_PADDING, PaddedBuilder, draw_builder, finish
+from padded_networks import CONV_PADDING, PaddedBuilder, finish, make_builder
 
 
 class DecoderBuilder(PaddedBuilder):
@@ -174,11 +174,11 @@ class DecoderBuilder(PaddedBuilder):
 
 @st.composite
 def decoder_cases(draw):
-    builder = draw_builder(draw, DecoderBuilder)
+    builder = make_builder(draw(st.randoms()), DecoderBuilder)
     builder.deepest = builder.steps
-    builder.level(draw(st.integers(1, {1: 3, 2: 2, 3: 2}[builder.ndim])))
+    builder.level(builder.integer(1, {1: 3, 2: 2, 3: 2}[builder.ndim]))
     if builder.some(True, False):
         builder.conv(modes=["SAME"], strides=(1,) * builder.ndim)
     # Window strides that fit the deepest map, or half of it.
     builder.steps = tuple(n // builder.some(1, 1, 2) or 1 for n in builder.deepest)
-    return finish(draw, builder, head=builder.some("map", "map", "mean", "dense", "several"))
+    return finish(builder, head=builder.some("map", "map", "mean", "dense", "several"))

@@ -16,25 +16,22 @@ import fclayers as fc
 CONV_PADDING = ["SAME", "SAME", "SAME_LOWER", "explicit", "explicit", "VALID"]
 POOL_PADDING = ["SAME", "ceil", "explicit", "ceil", "VALID"]
 # Whose sums are exact in any order, so that areas of padding have the same rounding everywhere.
-PAD_VALUES = st.sampled_from([0.0, 0.5, -1.0, 2.0])
+PAD_VALUES = [0.0, 0.5, -1.0, 2.0]
 
 
 class PaddedBuilder(Builder):
     """Draws layers that pad."""
 
-    def __init__(self, draw, window, channels):
-        super().__init__(draw, window, channels)
+    def __init__(self, random, window, channels):
+        super().__init__(random, window, channels)
         self.window = window
         self.image_channels = channels
         self.steps = (1,) * self.ndim
         self.spatial = tuple(range(self.ndim))
 
-    def some(self, *options):
-        return self.draw(st.sampled_from(options))
-
     def room(self, axis):
         """How much an axis may grow: maps stay below twice the window."""
-        return max(0, min(3, 2 * self.window[axis] - self.shape[axis]) // 2)
+        return max(0, min(3, (2 * self.window[axis] - self.shape[axis]) // 2))
 
     def stepped(self, strides):
         self.steps = tuple(a * b for a, b in zip(self.steps, strides, strict=True))
@@ -45,7 +42,11 @@ class PaddedBuilder(Builder):
         axes = []
         for axis, size in enumerate(self.shape[:-1]):
             k = self.integer(1 + pool, largest)
-            s = strides[axis] if strides else self.some(1, 1, 2, 2, 3)
+            s = (
+                strides[axis]
+                if strides
+                else self.some(*((2, 3) if mode == "ceil" else (1, 1, 2, 3)))
+            )
             d = self.integer(1, 2) if dilated else 1
             if mode == "VALID":
                 k = min(k, size)
@@ -138,7 +139,7 @@ class PaddedBuilder(Builder):
             pairs.append((self.integer(0, most), self.integer(0, most)))
         if not np.any(pairs):
             return
-        values = {"constant_values": self.draw(PAD_VALUES)} if mode == "constant" else {}
+        values = {"constant_values": self.some(*PAD_VALUES)} if mode == "constant" else {}
         pairs.append((0, int(mode == "constant" and not self.integer(0, 4))))
         self.add(f"jnp.pad {mode}", lambda p, x: jnp.pad(x, pairs, mode, **values))
 
@@ -147,7 +148,7 @@ class PaddedBuilder(Builder):
         for axis, size in enumerate(self.shape[:-1]):
             low = self.integer(-min(2, size - 1), self.room(axis))
             config.append((low, self.integer(max(-2, 1 - size - low), self.room(axis)), 0))
-        value = self.draw(PAD_VALUES)
+        value = self.some(*PAD_VALUES)
         name = "lax.pad" if np.max(config) > 0 else "lax.pad that crops"
         self.add(name, lambda p, x: lax.pad(x, x.dtype.type(value), [*config, (0, 0, 0)]))
 
@@ -262,7 +263,7 @@ class PaddedBuilder(Builder):
         """What the function returns; nothing whose choice could hang on rounding."""
         kind = kind or self.some("map", "dense", "dense", "mlp", "axes", "mean", "max", "several")
         channels, flat = self.shape[-1], prod(self.shape)
-        order = self.draw(st.sampled_from(list(FLATTEN)))
+        order = self.some(*FLATTEN)
         wide = self.param(flat, 4, scale=1 / np.sqrt(flat))
         small, pooled = self.param(4, 3), self.param(channels, 3)
         on_axes = self.param(*self.shape, 2, scale=1 / np.sqrt(flat))
@@ -288,7 +289,7 @@ class PaddedBuilder(Builder):
 
 B = PaddedBuilder
 PADS = [
-    *(B.conv, B.conv, B.conv, B.pool, B.pool, B.pad, B.pad, B.lax_pad, B.join),
+    *(B.conv, B.conv, B.conv, B.conv, B.pool, B.pool, B.pool, B.pad, B.pad, B.lax_pad, B.join),
     *(B.residual, B.residual, B.inception),
 ]
 OTHERS = [
@@ -299,27 +300,27 @@ OTHERS = [
 
 
 @st.composite
-def padded_cases(draw, *, layers=(1, 6)):
-    builder = draw_builder(draw)
-    for _ in range(draw(st.integers(*layers))):
-        options = PADS if draw(st.integers(0, 9)) < 6 else OTHERS
-        draw(st.sampled_from(options))(builder)
-    return finish(draw, builder)
+def padded_cases(draw, *, layers=(1, 7)):
+    builder = make_builder(draw(st.randoms()))
+    for _ in range(builder.integer(*layers)):
+        options = PADS if builder.integer(0, 9) < 7 else OTHERS
+        builder.some(*options)(builder)
+    return finish(builder)
 
 
-def draw_builder(draw, kind=PaddedBuilder):
-    ndim = draw(st.sampled_from([1, 2, 2, 2, 3]))
+def make_builder(random, kind=PaddedBuilder):
+    ndim = random.choice([1, 2, 2, 2, 3])
     largest = {1: 24, 2: 14, 3: 7}[ndim]
-    window = tuple(draw(st.integers(4, largest)) for _ in range(ndim))
-    return kind(draw, window, draw(st.integers(1, 3)))
+    window = tuple(random.randint(4, largest) for _ in range(ndim))
+    return kind(random, window, random.randint(1, 3))
 
 
-def finish(draw, builder, *, head=None):
+def finish(builder, *, head=None):
     """The drawn layers with a head, and an image that has a few windows."""
     name, head = builder.head(head)
     built = [layer for _, layer in builder.layers if layer]
     names = [layer for layer, _ in builder.layers] + [name]
-    channels_first, batched = draw(st.booleans()), draw(st.integers(0, 4)) == 0
+    channels_first, batched = builder.some(False, True), builder.some(False, False, False, True)
     first = channels_first + batched
     axes = tuple(range(first, first + builder.ndim))
 
@@ -335,9 +336,9 @@ def finish(draw, builder, *, head=None):
     most = {1: 8, 2: 8, 3: 4}[builder.ndim]
     stride, size = [], []
     for window, step in zip(builder.window, builder.steps, strict=True):
-        s = draw(st.one_of(st.integers(1, 8), st.just(step), st.just(1)))
+        s = builder.some(1, step, builder.integer(1, 8))
         stride.append(s)
-        size.append(window + (draw(st.integers(1, most)) - 1) * s + draw(st.integers(0, s - 1)))
+        size.append(window + (builder.integer(1, most) - 1) * s + builder.integer(0, s - 1))
     channels = (builder.image_channels,)
     shape = (*channels, *size) if channels_first else (*size, *channels)
     image = builder.rng.standard_normal((2, *shape) if batched else shape)
