@@ -42,11 +42,8 @@ class PaddedBuilder(Builder):
         axes = []
         for axis, size in enumerate(self.shape[:-1]):
             k = self.integer(1 + pool, largest)
-            s = (
-                strides[axis]
-                if strides
-                else self.some(*((2, 3) if mode == "ceil" else (1, 1, 2, 3)))
-            )
+            s = self.integer(2, 3) if mode == "ceil" else self.some(1, 1, 2, 3)
+            s = strides[axis] if strides else s
             d = self.integer(1, 2) if dilated else 1
             if mode == "VALID":
                 k = min(k, size)
