@@ -1,8 +1,10 @@
 """Rules for values in pieces that move, add, drop, cut and join dimensions."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import prod
 
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.extend.core import JaxprEqn
@@ -34,12 +36,13 @@ from fclayers.sliding.pieces import (
     unify,
 )
 from fclayers.sliding.run_rule import run_rule
-from fclayers.sliding.values import Grid, Unshared, Value
+from fclayers.sliding.values import Atom, Grid, Unshared, Value
 
 
 def elementwise(grid: Grid, eqn: JaxprEqn, *operands: Pieces) -> Pieces:
     """Block by block; scalars go with every block."""
-    shaped = unify(grid, [p for p in operands if p.dims])
+    shape = out_shapes(eqn)[0]
+    shaped = unify(grid, [_stretch_ones(p, shape) for p in operands if p.dims])
     scalars = {i: p.blocks[()] for i, p in enumerate(operands) if not p.dims}
     blocks = {}
     for index in indices(shaped[0].factors):
@@ -248,6 +251,27 @@ def gather(grid: Grid, eqn: JaxprEqn, value: Pieces, places: Pieces) -> Pieces:
             moved[place] = index[dim]
         (blocks[tuple(moved)],) = rebind(grid, eqn, block, where, slice_sizes=own)
     return Pieces(tuple(dims), blocks)
+
+
+def _stretch_ones(value: Pieces, shape: tuple[int, ...]) -> Pieces:
+    """Makes dimensions of size 1 that go with larger ones uniform."""
+    for dim, size in enumerate(shape):
+        if value.shape[dim] == 1 < size:
+            factor = one_factor(value, dim)
+            dims = list(value.dims)
+            dims[dim] = ((size,),)
+            value = map_blocks(partial(_stretch, dim=factor, size=size), value)
+            value = value._replace(dims=tuple(dims))
+    return value
+
+
+def _stretch(value: Value, *, dim: int, size: int) -> Value:
+    if value.dims[dim]:
+        raise Unshared("values meet that lie differently in the window")
+    place = len(value.phases) + len(value.positions) + sum(map(len, value.dims[:dim]))
+    dims = list(value.dims)
+    dims[dim] = (Atom(size, uniform=True),)
+    return value._replace(array=jnp.expand_dims(value.array, place), dims=tuple(dims))
 
 
 def _concatenate(grid: Grid, values: Sequence[Pieces], dim: int) -> Pieces:
