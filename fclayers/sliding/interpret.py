@@ -4,13 +4,16 @@ A step that no rule can share is deferred, and so is every step that needs its r
 steps whose results are returned are run window by window.
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax.numpy as jnp
 from jax.extend.core import JaxprEqn, Literal, Var
 
 from fclayers.sliding.calls import CALL_RULES, called_jaxpr, has_shareable_derivative
-from fclayers.sliding.equations import AnyJaxpr, bind, open_jaxpr, out_shapes
+from fclayers.sliding.checks import check_operands, check_results, empty_results
+from fclayers.sliding.equations import AnyJaxpr, aval, bind, open_jaxpr, out_shapes, source_line
 from fclayers.sliding.layout import position_single_elements
 from fclayers.sliding.rules import RULES
 from fclayers.sliding.values import (
@@ -70,7 +73,9 @@ def interpret(trace: Trace, jaxpr: AnyJaxpr, inputs: Sequence[Result]) -> list[R
     env.update(zip(jaxpr.invars, inputs, strict=True))
 
     def read(atom: Var | Literal) -> Result:
-        return constant(atom.val) if isinstance(atom, Literal) else env[atom]
+        if isinstance(atom, Literal):
+            return constant(jnp.asarray(atom.val, aval(atom).dtype))
+        return env[atom]
 
     for eqn in jaxpr.eqns:
         results = _run(trace, eqn, [read(atom) for atom in eqn.invars])
@@ -83,6 +88,9 @@ def _run(trace: Trace, eqn: JaxprEqn, inputs: list[Result]) -> Sequence[Result]:
     called, first = called_jaxpr(eqn)
     if called is not None:
         return _run_call(trace, eqn, called, inputs[first:])
+    empty = empty_results(eqn)
+    if empty:
+        return _note(trace, eqn, "constant", empty)
     values = [value for value in inputs if isinstance(value, Value)]
     try:
         if len(values) < len(inputs):
@@ -94,10 +102,24 @@ def _run(trace: Trace, eqn: JaxprEqn, inputs: list[Result]) -> Sequence[Result]:
         if name == "custom_jvp_call" and not has_shareable_derivative(eqn, values):
             return _run_call(trace, eqn, eqn.params["call_jaxpr"], values)
         return _note(trace, eqn, "shared", _run_shared(trace.grid, eqn, values))
-    except Unshared as reason:
-        results = [Deferred() for _ in eqn.outvars]
-        trace.deferred.append(DeferredStep(eqn, inputs, results))
-        return _note(trace, eqn, "per window", results, str(reason))
+    except Unshared as unshared:
+        reason = str(unshared)
+    except Exception as error:
+        reason = _warn(trace, eqn, error)
+    results = [Deferred() for _ in eqn.outvars]
+    trace.deferred.append(DeferredStep(eqn, inputs, results))
+    return _note(trace, eqn, "per window", results, reason)
+
+
+def _warn(trace: Trace, eqn: JaxprEqn, error: Exception) -> str:
+    """A fault of a rule costs time, not the result."""
+    warnings.warn(
+        f"{source_line((eqn, *trace.callers))}: slide runs {eqn.primitive.name} window by window, "
+        f"because its rule failed: {type(error).__name__}: {error}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return "has a rule that failed"
 
 
 def _run_call(
@@ -118,8 +140,8 @@ def _note(
     reason: str = "",
 ) -> Sequence[Result]:
     first = results[0] if results else None
-    shape = first.array.shape if isinstance(first, Value) else out_shapes(eqn)[0]
-    trace.steps.append(Step((eqn, *trace.callers), kind, shape, reason))
+    shapes = [first.array.shape] if isinstance(first, Value) else out_shapes(eqn)
+    trace.steps.append(Step((eqn, *trace.callers), kind, shapes[0] if shapes else (), reason))
     return results
 
 
@@ -152,11 +174,12 @@ def _run_shared(grid: Grid, eqn: JaxprEqn, values: list[Value]) -> Sequence[Valu
             raise Unshared(next(step.reason for step in trace.steps if step.reason))
         return [out for out in outs if isinstance(out, Value)]
 
-    if name in CALL_RULES:
-        return CALL_RULES[name](grid, run, eqn, *values)
-    if name not in RULES:
+    if name not in CALL_RULES and name not in RULES:
         raise Unshared(f"there is no rule for {name}")
+    check_operands(eqn, values)
+    if name in CALL_RULES:
+        return check_results(grid, eqn, CALL_RULES[name](grid, run, eqn, *values))
     positions = {axis for value in values for axis in value.positions}
     values = [position_single_elements(grid, value, positions) for value in values]
     results = RULES[name](grid, eqn, *values)
-    return [results] if isinstance(results, Value) else results
+    return check_results(grid, eqn, [results] if isinstance(results, Value) else results)
