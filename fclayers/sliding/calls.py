@@ -40,10 +40,10 @@ def called_jaxpr(eqn: JaxprEqn) -> tuple[AnyJaxpr | None, int]:
     name = eqn.primitive.name
     if name in _CALLS:
         return eqn.params[_CALLS[name]], 0
-    if name == "cond" and eqn.params.get("branches_platforms"):
+    platforms = eqn.params.get("branches_platforms") or ()
+    if name == "cond" and None in platforms:
         # Formulations for one platform hide what is computed; the default does not.
-        default = eqn.params["branches_platforms"].index(None)
-        return eqn.params["branches"][default], 1
+        return eqn.params["branches"][platforms.index(None)], 1
     return None, 0
 
 
@@ -98,8 +98,8 @@ def custom_vjp(grid: Grid, run: Run, eqn: JaxprEqn, *values: Shared) -> list[Sha
 def scan(grid: Grid, run: Run, eqn: JaxprEqn, *values: Shared) -> list[Shared]:
     """Unrolled."""
     length, body = eqn.params["length"], eqn.params["jaxpr"]
-    if length > _MAX_SCAN_LENGTH:
-        raise Unshared(f"is a scan of more than {_MAX_SCAN_LENGTH} steps")
+    if not 0 < length <= _MAX_SCAN_LENGTH:
+        raise Unshared(f"is a scan of no or more than {_MAX_SCAN_LENGTH} steps")
     # What is scanned or stacked has one axis more outside than inside.
     inner, _ = open_jaxpr(body)
     scanned = [

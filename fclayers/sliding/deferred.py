@@ -1,8 +1,9 @@
 """Runs the steps that cannot be shared, window by window, in chunks of bounded memory."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
@@ -41,7 +42,21 @@ def run_deferred(trace: Trace, outs: Sequence[Result]) -> dict[int, Array]:
     counts = trace.grid.counts
     computed = [aval(var) for step in steps for var in step.eqn.outvars]
     bytes_per_window = sum(prod(array.shape) * array.dtype.itemsize for array in computed)
-    chunk = max(1, min(prod(counts), CHUNK_BYTES // max(bytes_per_window, 1)))
-    results = lax.map(run_window, jnp.arange(prod(counts)), batch_size=chunk)
+    results = _map_in_chunks(run_window, prod(counts), CHUNK_BYTES // max(bytes_per_window, 1))
     shaped = (array.reshape(*counts, *array.shape[1:]) for array in results)
     return dict(zip(wanted, shaped, strict=True))
+
+
+def _map_in_chunks(
+    run_window: Callable[[Array], list[Array]], count: int, chunk: int
+) -> list[Array]:
+    """The results of all windows, without loops of one step, some of which XLA miscompiles."""
+    indices = jnp.arange(count)
+    try:
+        if chunk >= count:
+            results: list[Array] = jax.vmap(run_window)(indices)
+        else:
+            results = lax.map(run_window, indices, batch_size=max(1, min(chunk, count // 2)))
+    except NotImplementedError:  # a step that cannot be mapped
+        results = lax.map(run_window, indices)
+    return results

@@ -1,5 +1,8 @@
 """What rules ask of an equation of a jaxpr."""
 
+import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import cast
 
 import jax
@@ -7,6 +10,8 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 from jaxtyping import Array, ArrayLike
 
 AnyJaxpr = Jaxpr | ClosedJaxpr
+
+_NOT_THE_USERS = (str(Path(str(jax.__file__)).parent), str(Path(__file__).parents[1]))
 
 
 def bind(eqn: JaxprEqn, *arrays: ArrayLike, **changed: object) -> list[Array]:
@@ -34,3 +39,16 @@ def out_shapes(eqn: JaxprEqn) -> list[tuple[int, ...]]:
 def open_jaxpr(jaxpr: AnyJaxpr) -> tuple[Jaxpr, list[ArrayLike]]:
     """A jaxpr, closed or not, and its constants."""
     return getattr(jaxpr, "jaxpr", jaxpr), list(getattr(jaxpr, "consts", ()))  # type: ignore[arg-type]
+
+
+def source_line(eqns: Sequence[JaxprEqn]) -> str:
+    """The innermost line that is neither JAX's nor this library's."""
+    for eqn in eqns:
+        traceback = eqn.source_info.traceback
+        if traceback is None:
+            continue
+        for frame in traceback.frames:
+            folder, name = os.path.split(frame.file_name)
+            if not folder.startswith(_NOT_THE_USERS):
+                return f"{name}:{frame.line_num}"
+    return "?"

@@ -4,16 +4,19 @@ A step that no rule can share is deferred, and so is every step that needs its r
 steps whose results are returned are run window by window.
 """
 
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import NamedTuple, cast
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import JaxprEqn, Literal, Var
 
 from fclayers.sliding.calls import CALL_RULES, called_jaxpr, has_shareable_derivative
+from fclayers.sliding.checks import check_operands, empty_results
 from fclayers.sliding.costs import is_foldable, is_worth_sharing
-from fclayers.sliding.equations import AnyJaxpr, open_jaxpr, out_shapes
+from fclayers.sliding.equations import AnyJaxpr, aval, open_jaxpr, out_shapes, source_line
 from fclayers.sliding.piece_rules import PIECE_RULES
 from fclayers.sliding.pieces import Pieces, as_value, describe_borders, in_pieces, varies_inside
 from fclayers.sliding.run_rule import run_rule
@@ -66,7 +69,9 @@ def interpret(trace: Trace, jaxpr: AnyJaxpr, inputs: Sequence[Result]) -> list[R
     env.update(zip(jaxpr.invars, inputs, strict=True))
 
     def read(atom: Var | Literal) -> Result:
-        return constant(atom.val) if isinstance(atom, Literal) else env[atom]
+        if isinstance(atom, Literal):
+            return constant(jnp.asarray(atom.val, aval(atom).dtype))
+        return env[atom]
 
     for eqn in jaxpr.eqns:
         results = _run(trace, eqn, [read(atom) for atom in eqn.invars])
@@ -79,6 +84,9 @@ def _run(trace: Trace, eqn: JaxprEqn, inputs: list[Result]) -> Sequence[Result]:
     called, first = called_jaxpr(eqn)
     if called is not None:
         return _run_call(trace, eqn, called, inputs[first:])
+    empty = empty_results(eqn)
+    if empty:
+        return _note(trace, eqn, [], empty)
     values = [value for value in inputs if not isinstance(value, Deferred)]
     try:
         if len(values) < len(inputs):
@@ -86,10 +94,24 @@ def _run(trace: Trace, eqn: JaxprEqn, inputs: list[Result]) -> Sequence[Result]:
         if name == "custom_jvp_call" and not has_shareable_derivative(eqn, values):
             return _run_call(trace, eqn, eqn.params["call_jaxpr"], values)
         return _note(trace, eqn, values, _run_shared(trace.grid, eqn, values))
-    except Unshared as reason:
-        results = [Deferred() for _ in eqn.outvars]
-        trace.deferred.append(DeferredStep(eqn, inputs, results))
-        return _note(trace, eqn, inputs, results, str(reason))
+    except Unshared as unshared:
+        reason = str(unshared)
+    except Exception as error:
+        reason = _warn(trace, eqn, error)
+    results = [Deferred() for _ in eqn.outvars]
+    trace.deferred.append(DeferredStep(eqn, inputs, results))
+    return _note(trace, eqn, inputs, results, reason)
+
+
+def _warn(trace: Trace, eqn: JaxprEqn, error: Exception) -> str:
+    """A fault of a rule costs time, not the result."""
+    warnings.warn(
+        f"{source_line((eqn, *trace.callers))}: slide runs {eqn.primitive.name} window by window, "
+        f"because its rule failed: {type(error).__name__}: {error}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return "has a rule that failed"
 
 
 def _run_call(
@@ -110,9 +132,9 @@ def _note(
     reason: str = "",
 ) -> Sequence[Result]:
     first = results[0] if results else None
-    shape = first.array.shape if isinstance(first, Value) else out_shapes(eqn)[0]
+    shapes = [first.array.shape] if isinstance(first, Value) else out_shapes(eqn)
     kind = _kind_of_step(inputs, results)
-    trace.steps.append(Step((eqn, *trace.callers), kind, shape, reason))
+    trace.steps.append(Step((eqn, *trace.callers), kind, shapes[0] if shapes else (), reason))
     return results
 
 
@@ -139,6 +161,7 @@ def _run_shared(grid: Grid, eqn: JaxprEqn, values: Sequence[Shared]) -> Sequence
         return [out for out in outs if not isinstance(out, Deferred)]
 
     if name in CALL_RULES and any(map(varies_inside, values)):
+        check_operands(eqn, [value.shape for value in values])
         return CALL_RULES[name](grid, run, eqn, *values)
     whole = [value for value in values if isinstance(value, Value)]
     if len(whole) < len(values):
@@ -155,6 +178,7 @@ def _run_shared(grid: Grid, eqn: JaxprEqn, values: Sequence[Shared]) -> Sequence
 def _run_in_pieces(grid: Grid, eqn: JaxprEqn, values: Sequence[Shared]) -> Sequence[Shared]:
     if eqn.primitive.name not in PIECE_RULES:
         raise Unshared(f"there is no rule for {eqn.primitive.name} on values in pieces")
+    check_operands(eqn, [value.shape for value in values])
     rule = PIECE_RULES[eqn.primitive.name]
 
     def run(values: Sequence[Pieces]) -> list[Pieces]:

@@ -96,6 +96,9 @@ def align(values: Sequence[Value], *, but: int | None = None) -> list[Value]:
     if but is not None:
         values = [per_dim(value)[0] for value in values]
     common = [_common_atoms(dims) for dims in zip(*(value.dims for value in values), strict=True)]
+    axes = [atom.axis for dim in common for atom in dim if atom.axis is not None]
+    if len(set(axes)) < len(axes):
+        raise Unshared("brings elements of the window together with each other")
     fitted = []
     for value in values:
         own = [value.dims[i] if i == but else dim for i, dim in enumerate(common)]

@@ -35,7 +35,6 @@ from fclayers.sliding.pieces import (
     starts,
     unify,
 )
-from fclayers.sliding.run_rule import run_rule
 from fclayers.sliding.values import Atom, Grid, Unshared, Value
 
 
@@ -48,7 +47,7 @@ def elementwise(grid: Grid, eqn: JaxprEqn, *operands: Pieces) -> Pieces:
     for index in indices(shaped[0].factors):
         members = iter(agree(grid, [p.blocks[index] for p in shaped]))
         values = [scalars[i] if i in scalars else next(members) for i in range(len(operands))]
-        (blocks[index],) = run_rule(grid, eqn, *values)
+        (blocks[index],) = rebind(grid, eqn, *values)
     return Pieces(shaped[0].dims, blocks)
 
 

@@ -9,6 +9,7 @@ from jax import lax
 from jax.extend.core import JaxprEqn
 from jaxtyping import Array
 
+from fclayers._util.dtypes import accumulation_dtype
 from fclayers.kernels.convolution import convolve
 from fclayers.kernels.windows import Geometry
 from fclayers.sliding.equations import aval, bind_one
@@ -72,6 +73,7 @@ def _dot_over_windows(
         raise Unshared("multiplies a batch of matrices over the window")
     if any(atom.axis is not None for atom in other.atoms):
         raise Unshared("multiplies two values that both vary inside the window")
+    _check_is_a_convolution(eqn, shared.array, other.array)
     contracted = [atom for i in shared_contracted for atom in shared.dims[i]]
     windows = [atom for atom in contracted if atom.axis is not None]
     shared_free = [dim for i, dim in enumerate(shared.dims) if i not in shared_contracted]
@@ -110,6 +112,18 @@ def _dot_over_windows(
     order = [*positions, *map(axis_of, windows)]
     array = array.transpose(*np.argsort(order), *range(len(order), array.ndim))
     return Value(array, (*shared_free, *other_free), tuple(sorted(order)))
+
+
+def _check_is_a_convolution(eqn: JaxprEqn, lhs: Array, rhs: Array) -> None:
+    """Declines dtypes and precisions for which products and convolutions differ."""
+    out, precision = aval(eqn.outvars[0]).dtype, eqn.params["precision"]
+    inexact = lhs.dtype == rhs.dtype and out in (lhs.dtype, accumulation_dtype(lhs.dtype))
+    integers = all(jnp.issubdtype(dtype, jnp.integer) for dtype in (lhs.dtype, rhs.dtype, out))
+    if not ((inexact and jnp.issubdtype(out, jnp.inexact)) or integers):
+        raise Unshared(f"multiplies {lhs.dtype} and {rhs.dtype} to {out} over the window")
+    levels = precision if isinstance(precision, tuple) else (precision,)
+    if not all(level is None or isinstance(level, lax.Precision) for level in levels):
+        raise Unshared(f"multiplies with the precision {precision} over the window")
 
 
 def _kernel(array: Array, contracted_axes: Sequence[int], atoms: Sequence[Atom]) -> Array:

@@ -1,23 +1,19 @@
 """`explain_slide`: what of a function is shared between windows, and which line stops it."""
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from math import prod
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
-from jax.extend.core import JaxprEqn
 from jax.stages import Lowered
 from jaxtyping import Array, PyTree
 
 from fclayers._util.errors import public
 from fclayers._util.tables import format_bytes, format_table
+from fclayers.sliding.equations import source_line
 from fclayers.sliding.interpret import Step, Trace
 from fclayers.sliding.transform import slide_and_trace
-
-_NOT_THE_USERS = (str(Path(str(jax.__file__)).parent), str(Path(__file__).parents[1]))
 
 
 class Row(NamedTuple):
@@ -121,7 +117,9 @@ def explain_slide(
         >>> report.is_shared, report.positions
         (True, (86, 86))
     """
-    traced = slide_and_trace(fun, window_shape, stride=stride, axes=axes, edges=edges)
+    traced = slide_and_trace(
+        fun, window_shape, stride=stride, axes=axes, edges=edges, trace_one=True
+    )
 
     def explain(*args: PyTree) -> SlideReport:
         arrays, rebuild = _split_arrays(args)
@@ -169,24 +167,11 @@ def _split_arrays(args: PyTree) -> tuple[list[PyTree], Callable[[Sequence[PyTree
 
 def _rows(steps: Sequence[Step]) -> Iterator[Row]:
     visible = [step for step in steps if step.kind != "constant"]
-    lines = [(_source_line(step.eqns), step.kind, step.reason) for step in visible]
+    lines = [(source_line(step.eqns), step.kind, step.reason) for step in visible]
     for (line, kind, reason), group in groupby(range(len(visible)), lines.__getitem__):
         members = [visible[i] for i in group]
         names = dict.fromkeys(step.eqns[0].primitive.name for step in members)
         yield Row(line, tuple(names), kind, members[-1].shape, reason)
-
-
-def _source_line(eqns: Sequence[JaxprEqn]) -> str:
-    """The innermost line that is neither JAX's nor this library's."""
-    for eqn in eqns:
-        traceback = eqn.source_info.traceback
-        if traceback is None:
-            continue
-        for frame in traceback.frames:
-            folder, name = os.path.split(frame.file_name)
-            if not folder.startswith(_NOT_THE_USERS):
-                return f"{name}:{frame.line_num}"
-    return "?"
 
 
 def _flops(lowered: Lowered) -> float:

@@ -2,8 +2,6 @@
 
 from collections.abc import Callable
 
-import numpy as np
-
 from fclayers.sliding.elementwise import elementwise
 from fclayers.sliding.products import dot_general
 from fclayers.sliding.shapes import (
@@ -20,7 +18,7 @@ from fclayers.sliding.shapes import (
     stack,
     transpose,
 )
-from fclayers.sliding.values import Value, constant
+from fclayers.sliding.values import Value
 from fclayers.sliding.windows import conv, reduce_window, reduction
 
 Rule = Callable[..., Value | list[Value]]
@@ -50,7 +48,6 @@ RULES: dict[str, Rule] = dict.fromkeys(_ELEMENTWISE.split(), elementwise) | {
     "gather": gather,
     "iota": iota,
     "pad": pad,
-    "platform_index": lambda grid, eqn: constant(np.int32(0)),
     "reduce_max": reduction("max"),
     "reduce_min": reduction("min"),
     "reduce_sum": reduction("sum"),

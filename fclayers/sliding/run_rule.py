@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from jax.extend.core import JaxprEqn
 
+from fclayers.sliding.checks import check_operands, check_results
 from fclayers.sliding.equations import bind
 from fclayers.sliding.layout import fuse, position_single_elements
 from fclayers.sliding.phases import over_phases
@@ -29,8 +30,9 @@ def run_rule(grid: Grid, eqn: JaxprEqn, *values: Value) -> list[Value]:
 
 
 def _apply(grid: Grid, eqn: JaxprEqn, values: Sequence[Value]) -> list[Value]:
+    check_operands(eqn, [value.shape for value in values])
     results = RULES[eqn.primitive.name](grid, eqn, *values)
-    return [results] if isinstance(results, Value) else results
+    return check_results(grid, eqn, [results] if isinstance(results, Value) else results)
 
 
 def _run_without_windows(grid: Grid, eqn: JaxprEqn, values: Sequence[Value]) -> list[Value]:

@@ -1,6 +1,6 @@
 """Rules for primitives that move, add, drop, cut and join dimensions, and that go along one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -26,11 +26,16 @@ from fclayers.sliding.values import (
 
 def reshape_rule(grid: Grid, eqn: JaxprEqn, value: Value) -> Value:
     """For reshape and squeeze."""
+    if eqn.primitive.name == "reshape" and eqn.params["dimensions"] is not None:
+        value = _permute(value, eqn.params["dimensions"])
     return reshape(grid, value, out_shapes(eqn)[0])
 
 
 def transpose(grid: Grid, eqn: JaxprEqn, value: Value) -> Value:
-    order = eqn.params["permutation"]
+    return _permute(value, eqn.params["permutation"])
+
+
+def _permute(value: Value, order: Sequence[int]) -> Value:
     start = len(value.positions)
     ends = np.cumsum([start, *map(len, value.dims)])
     axes = [axis for dim in order for axis in range(ends[dim], ends[dim + 1])]
@@ -119,6 +124,7 @@ def pad_window_atom(
 
 def concatenate(grid: Grid, eqn: JaxprEqn, *values: Value) -> Value:
     axis = eqn.params["dimension"]
+    values = tuple(value for value in values if value.shape[axis])
     if any(atom.axis is not None for value in values for atom in value.dims[axis]):
         raise Unshared("joins along the window")
     fitted = align(values, but=axis)
@@ -185,8 +191,11 @@ def dynamic_slice(grid: Grid, eqn: JaxprEqn, value: Value, *starts: Value) -> Va
             sizes[i] = lengths[i]
 
     def cut(array: Array, *starts: Array) -> Array:
-        begins = [0 if atom.axis is not None else n for atom, n in zip(atoms, starts, strict=True)]
-        return lax.dynamic_slice(array, [jnp.asarray(n, jnp.int32) for n in begins], sizes)
+        begins = [
+            n if atom.axis is None else jnp.zeros_like(n)
+            for atom, n in zip(atoms, starts, strict=True)
+        ]
+        return bind_one(eqn, array, *begins, slice_sizes=tuple(sizes))
 
     array, positions = over_positions(cut, value, *starts)
     out = [
@@ -210,7 +219,7 @@ def gather(grid: Grid, eqn: JaxprEqn, value: Value, indices: Value) -> Value:
     lengths = value.lengths
     for i, atom in enumerate(atoms):
         if atom.axis is not None:
-            if i in taken:
+            if i in taken or sizes[i] != atom.size:
                 raise Unshared("picks elements of the window")
             sizes[i] = lengths[i]
     if any(atom.axis is not None for atom in indices.atoms):

@@ -1,9 +1,11 @@
 """`slide`: a function of one window becomes a function of all windows of a larger image."""
 
 from collections.abc import Callable, Sequence
+from math import prod
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, PyTree
 
@@ -70,7 +72,9 @@ def slide(
     Source: `Giusti et al. 2013 <https://arxiv.org/abs/1302.1700>`_ and
     `Bailer et al. 2018 <https://arxiv.org/abs/1805.03096>`_ for networks of convolutions and pools.
     """
-    traced = slide_and_trace(fun, window_shape, stride=stride, axes=axes, edges=edges)
+    traced = slide_and_trace(
+        fun, window_shape, stride=stride, axes=axes, edges=edges, trace_one=False
+    )
     return public(lambda *args: traced(*args)[0], "slide")
 
 
@@ -81,8 +85,12 @@ def slide_and_trace(
     stride: int | tuple[int, ...],
     axes: int | tuple[int, ...] | None,
     edges: str,
+    trace_one: bool,
 ) -> Callable[..., tuple[PyTree[Array], Trace, jax.ShapeDtypeStruct]]:
-    """`slide`, which also returns what it did and the shape and dtype of a window."""
+    """`slide`, which also returns what it did and the shape and dtype of a window.
+
+    It does nothing to the function where there is one window only, unless `trace_one` is set.
+    """
     window, strides = check_windows(window_shape, stride, edges)
 
     def sliding(*args: PyTree) -> tuple[PyTree[Array], Trace, jax.ShapeDtypeStruct]:
@@ -100,8 +108,14 @@ def slide_and_trace(
             jaxpr, shapes = jax.make_jaxpr(lambda x: fun(*rest, x), return_shape=True)(one)
             if jaxpr.effects:
                 raise BadValue(f"the function has side effects, {set(jaxpr.effects)}")
-            outs = interpret(trace, jaxpr, [make_value(jnp.asarray(image), atoms)])
-            return jax.tree.unflatten(jax.tree.structure(shapes), _finish(trace, outs))
+            image = jnp.asarray(image)
+            alone = prod(grid.counts) == 1 and (edges == "window" or one.shape == image.shape)
+            if alone and not trace_one:
+                cut = tuple(slice(size) for size in one.shape)
+                results = _run_one(trace, jaxpr, image[cut])
+            else:
+                results = _finish(trace, interpret(trace, jaxpr, [make_value(image, atoms)]))
+            return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
         explicit = jax.typeof(image).sharding.mesh.explicit_axes
         if explicit:
@@ -110,6 +124,16 @@ def slide_and_trace(
         return run(*args), trace, one
 
     return sliding
+
+
+def _run_one(trace: Trace, jaxpr: ClosedJaxpr, window: Array) -> list[Array]:
+    """The function as it is.
+
+    Sharing gains nothing here, and XLA's CPU backend miscompiles some updates, in place, of arrays
+    that shared values are read from.
+    """
+    results = jaxpr_as_fun(jaxpr)(window)
+    return [jnp.expand_dims(out, range(len(trace.grid.counts))) for out in results]
 
 
 def _finish(trace: Trace, outs: Sequence[Result]) -> list[Array]:

@@ -167,4 +167,7 @@ def over_positions(
     for axis in reversed(positions):
         in_axes = tuple(0 if axis in value.positions else None for value in values)
         function = jax.vmap(function, in_axes=in_axes)
-    return function(*(value.array for value in values)), positions
+    try:
+        return function(*(value.array for value in values)), positions
+    except NotImplementedError as error:
+        raise Unshared("cannot be mapped over windows (jax.vmap)") from error

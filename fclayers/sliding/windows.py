@@ -142,7 +142,11 @@ def _reduce(
     eqn: JaxprEqn, arrays: Sequence[Array], strides: Sizes, padding: Pairs, dilations: Sizes
 ) -> list[Array]:
     kind = _POOLS.get(eqn.primitive.name)
-    if kind and set(eqn.params["base_dilation"]) == {1}:
+    if (
+        kind
+        and (kind == "sum" or _is_ordered(arrays[0]))
+        and set(eqn.params["base_dilation"]) == {1}
+    ):
         window = eqn.params["window_dimensions"]
         return [reduce_windows(arrays[0], kind, Pool(window, strides, padding, dilations))]
     return bind(eqn, *arrays, window_strides=strides, padding=padding, window_dilation=dilations)
@@ -153,6 +157,8 @@ def reduction(kind: Kind) -> Callable[[Grid, JaxprEqn, Value], Value]:
 
     def rule(grid: Grid, eqn: JaxprEqn, value: Value) -> Value:
         value = dense(value)
+        if kind != "sum" and not _is_ordered(value.array):
+            raise Unshared(f"compares {value.array.dtype} elements")
         axes = eqn.params["axes"]
         reduced = [i in axes for i, dim in enumerate(value.dims) for _ in dim]
         plain = [
@@ -176,6 +182,12 @@ def reduction(kind: Kind) -> Callable[[Grid, JaxprEqn, Value], Value]:
         return result._replace(dims=tuple(d for i, d in enumerate(result.dims) if i not in axes))
 
     return rule
+
+
+def _is_ordered(array: Array) -> bool:
+    """Whether there is a smallest number; there is none among complex ones and booleans."""
+    kinds = (jnp.floating, jnp.integer)
+    return any(jnp.issubdtype(array.dtype, kind) for kind in kinds)
 
 
 def _reduce_window_atom(grid: Grid, value: Value, atom: Atom, kind: Kind) -> Value:
