@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from typing import NamedTuple, cast
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import JaxprEqn, Literal, Var
 
 from fclayers.sliding.calls import CALL_RULES, called_jaxpr, has_shareable_derivative
@@ -19,6 +19,7 @@ from fclayers.sliding.costs import is_foldable, is_worth_sharing
 from fclayers.sliding.equations import AnyJaxpr, aval, open_jaxpr, out_shapes, source_line
 from fclayers.sliding.piece_rules import PIECE_RULES
 from fclayers.sliding.pieces import Pieces, as_value, describe_borders, in_pieces, varies_inside
+from fclayers.sliding.resample import repeats
 from fclayers.sliding.run_rule import run_rule
 from fclayers.sliding.values import Grid, Unshared, Value, constant
 
@@ -70,7 +71,7 @@ def interpret(trace: Trace, jaxpr: AnyJaxpr, inputs: Sequence[Result]) -> list[R
 
     def read(atom: Var | Literal) -> Result:
         if isinstance(atom, Literal):
-            return constant(jnp.asarray(atom.val, aval(atom).dtype))
+            return constant(np.asarray(atom.val, aval(atom).dtype))
         return env[atom]
 
     for eqn in jaxpr.eqns:
@@ -164,7 +165,7 @@ def _run_shared(grid: Grid, eqn: JaxprEqn, values: Sequence[Shared]) -> Sequence
         check_operands(eqn, [value.shape for value in values])
         return CALL_RULES[name](grid, run, eqn, *values)
     whole = [value for value in values if isinstance(value, Value)]
-    if len(whole) < len(values):
+    if len(whole) < len(values) or repeats(eqn, values):
         return _run_in_pieces(grid, eqn, values)
     try:
         with jax.ensure_compile_time_eval() if is_foldable(eqn, whole) else nullcontext():

@@ -7,6 +7,9 @@ share nothing.
 from collections.abc import Callable
 from typing import Any
 
+from jax.extend.core import JaxprEqn
+
+from fclayers.sliding import resample
 from fclayers.sliding.elementwise import elementwise as of_values
 from fclayers.sliding.piece_products import dot_general, reduction
 from fclayers.sliding.piece_shapes import (
@@ -23,9 +26,24 @@ from fclayers.sliding.piece_shapes import (
     transpose,
 )
 from fclayers.sliding.piece_windows import conv, reduce_window
+from fclayers.sliding.pieces import Pieces
 from fclayers.sliding.rules import RULES
+from fclayers.sliding.values import Grid, Unshared
 
 PieceRule = Callable[..., Any]
+
+
+def _either(first: PieceRule, second: PieceRule) -> PieceRule:
+    """The first rule that can share something."""
+
+    def rule(grid: Grid, eqn: JaxprEqn, *values: Pieces) -> Any:
+        try:
+            return first(grid, eqn, *values)
+        except Unshared:
+            return second(grid, eqn, *values)
+
+    return rule
+
 
 PIECE_RULES: dict[str, PieceRule] = {
     name: elementwise for name, rule in RULES.items() if rule is of_values
@@ -40,8 +58,8 @@ PIECE_RULES: dict[str, PieceRule] = {
     "cummin": along("axis"),
     "cumprod": along("axis"),
     "cumsum": along("axis"),
-    "dot_general": dot_general,
-    "gather": gather,
+    "dot_general": _either(resample.product, dot_general),
+    "gather": _either(resample.pick, gather),
     "pad": pad,
     "reduce_max": reduction,
     "reduce_min": reduction,

@@ -161,12 +161,12 @@ def pad(grid: Grid, eqn: JaxprEqn, value: Pieces, fill: Pieces) -> Pieces:
         value = take(grid, value, dim, max(-low, 0), value.shape[dim] - max(-high, 0))
         ends = [_filled(grid, value, fill, dim, size) for size in (max(low, 0), max(high, 0))]
         parts = [part for part in (ends[0], value, ends[1]) if part]
-        value = _concatenate(grid, parts, dim)
+        value = concatenate_pieces(grid, parts, dim)
     return value
 
 
 def concatenate(grid: Grid, eqn: JaxprEqn, *values: Pieces) -> Pieces:
-    return _concatenate(grid, values, eqn.params["dimension"])
+    return concatenate_pieces(grid, values, eqn.params["dimension"])
 
 
 def split(grid: Grid, eqn: JaxprEqn, value: Pieces) -> list[Pieces]:
@@ -273,7 +273,28 @@ def _stretch(value: Value, *, dim: int, size: int) -> Value:
     return value._replace(array=jnp.expand_dims(value.array, place), dims=tuple(dims))
 
 
-def _concatenate(grid: Grid, values: Sequence[Pieces], dim: int) -> Pieces:
+def stack_and_merge(grid: Grid, values: Sequence[Pieces], dim: int) -> Pieces:
+    """Interleaves values along a dimension."""
+    fitted = unify(grid, values)
+    factor, count = one_factor(fitted[0], dim), len(fitted)
+    if count == 1:
+        return fitted[0]
+
+    def interleave(*arrays: Array) -> Array:
+        stacked = lax.concatenate([lax.expand_dims(x, (factor + 1,)) for x in arrays], factor + 1)
+        shape = arrays[0].shape
+        return lax.reshape(stacked, (*shape[:factor], shape[factor] * count, *shape[factor + 1 :]))
+
+    blocks = {
+        index: run(grid, interleave, *agree(grid, [p.blocks[index] for p in fitted]))
+        for index in fitted[0].blocks
+    }
+    dims = list(fitted[0].dims)
+    dims[dim] = (tuple(n * count for n in fitted[0].factors[factor]),)
+    return Pieces(tuple(dims), blocks)
+
+
+def concatenate_pieces(grid: Grid, values: Sequence[Pieces], dim: int) -> Pieces:
     if len(values) == 1:
         return values[0]
     fitted = unify(grid, values, but=dim)

@@ -18,14 +18,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend.core import JaxprEqn
+from jax.extend.core import JaxprEqn, Literal, Var
 from jaxtyping import Array
 
 from fclayers.sliding.equations import bind
 from fclayers.sliding.layout import reshape
 from fclayers.sliding.phases import over_phases
 from fclayers.sliding.run_rule import run_rule
-from fclayers.sliding.values import Atom, Grid, Unshared, Value, axis_of, dense, step
+from fclayers.sliding.values import (
+    Atom,
+    Grid,
+    Unshared,
+    Value,
+    axis_of,
+    constant,
+    dense,
+    step,
+)
 
 Cuts = tuple[int, ...]
 Index = tuple[int, ...]
@@ -82,6 +91,14 @@ def as_value(pieces: Pieces) -> Value | Pieces:
     rest = iter(value.dims)
     dims = tuple(tuple(atom for _ in dim for atom in next(rest)) for dim in pieces.dims)
     return value._replace(dims=dims)
+
+
+def concrete(value: Value) -> np.ndarray | None:
+    """A constant whose numbers are known while the function is traced."""
+    if not value.is_constant or isinstance(value.array, jax.core.Tracer):
+        return None
+    with jax.ensure_compile_time_eval():
+        return np.asarray(dense(value).array).reshape(value.shape)
 
 
 def arrays_of(values: Sequence[Value | Pieces]) -> list[Array]:
@@ -249,10 +266,14 @@ def run(grid: Grid, function: Callable[..., Array], *values: Value) -> Value:
     """A function of one window's arrays, on values."""
     structs = [jax.ShapeDtypeStruct(value.shape, value.array.dtype) for value in values]
     jaxpr = jax.make_jaxpr(function)(*structs).jaxpr
-    known: dict[Any, Value] = dict(zip(jaxpr.invars, values, strict=True))
+    known: dict[Var, Value] = dict(zip(jaxpr.invars, values, strict=True))
+
+    def read(atom: Var | Literal) -> Value:
+        return constant(atom.val) if isinstance(atom, Literal) else known[atom]
+
     for eqn in jaxpr.eqns:
-        known[eqn.outvars[0]] = run_rule(grid, eqn, *(known[var] for var in eqn.invars))[0]
-    return known[jaxpr.outvars[0]]
+        (known[eqn.outvars[0]],) = run_rule(grid, eqn, *map(read, eqn.invars))
+    return read(jaxpr.outvars[0])
 
 
 def rebind(grid: Grid, eqn: JaxprEqn, *values: Value, **changed: object) -> list[Value]:
@@ -307,11 +328,10 @@ def cut_constant(grid: Grid, pieces: Pieces, factor: int) -> Pieces:
     if len(pieces.blocks) > 1:
         return pieces
     (value,) = pieces.blocks.values()
-    if not value.is_constant or kind(pieces, factor, 0) != "plain":
+    array = concrete(value)
+    if array is None or kind(pieces, factor, 0) != "plain":
         return pieces
-    if isinstance(value.array, jax.core.Tracer):
-        return pieces
-    array = np.moveaxis(np.asarray(dense(value).array).reshape(value.shape), factor, 0)
+    array = np.moveaxis(array, factor, 0)
     first, last = _longest_uniform_run(array)
     size = len(array)
     if last - first < 2:

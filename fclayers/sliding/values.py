@@ -17,6 +17,7 @@ front of everything else (see `phases.py`).
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from fractions import Fraction
 from math import gcd, prod
 from typing import NamedTuple, TypeVar
@@ -85,8 +86,11 @@ class Value(NamedTuple):
 
 
 def constant(array: ArrayLike) -> Value:
-    array = jnp.asarray(array)
-    return make_value(array, [Atom(size) for size in array.shape])
+    """The same for all windows; what is concrete stays so while the function is traced."""
+    traced = isinstance(array, jax.core.Tracer)
+    with nullcontext() if traced else jax.ensure_compile_time_eval():
+        array = jnp.asarray(array)
+        return make_value(array, [Atom(size) for size in array.shape])
 
 
 def axis_of(atom: Atom) -> int:
