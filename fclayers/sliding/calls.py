@@ -91,7 +91,7 @@ def custom_jvp(grid: Grid, run: Run, eqn: JaxprEqn, *values: Shared) -> list[Sha
 
 
 def custom_vjp(grid: Grid, run: Run, eqn: JaxprEqn, *values: Shared) -> list[Shared]:
-    """A backward pass need not be linear, and would get the sum over windows if it were shared."""
+    """For functions that are differentiated; the others are plain calls."""
     raise Unshared("has a backward pass of its own (jax.custom_vjp)")
 
 

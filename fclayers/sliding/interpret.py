@@ -53,10 +53,14 @@ class Step(NamedTuple):
 
 
 class Trace:
-    """What a run has deferred, and what became of every equation."""
+    """What a run has deferred, and what became of every equation.
 
-    def __init__(self, grid: Grid) -> None:
+    One that is differentiated `keeps_backward_passes` of `jax.custom_vjp`, window by window.
+    """
+
+    def __init__(self, grid: Grid, *, keeps_backward_passes: bool = False) -> None:
         self.grid = grid
+        self.keeps_backward_passes = keeps_backward_passes
         self.deferred: list[DeferredStep] = []
         self.steps: list[Step] = []
         self.callers: tuple[JaxprEqn, ...] = ()
@@ -92,9 +96,9 @@ def _run(trace: Trace, eqn: JaxprEqn, inputs: list[Result]) -> Sequence[Result]:
     try:
         if len(values) < len(inputs):
             raise Unshared("needs a result that is computed window by window")
-        if name == "custom_jvp_call" and not has_shareable_derivative(eqn, values):
+        if _is_plain_call(trace, eqn, values):
             return _run_call(trace, eqn, eqn.params["call_jaxpr"], values)
-        return _note(trace, eqn, values, _run_shared(trace.grid, eqn, values))
+        return _note(trace, eqn, values, _run_shared(trace, eqn, values))
     except Unshared as unshared:
         reason = str(unshared)
     except Exception as error:
@@ -102,6 +106,13 @@ def _run(trace: Trace, eqn: JaxprEqn, inputs: list[Result]) -> Sequence[Result]:
     results = [Deferred() for _ in eqn.outvars]
     trace.deferred.append(DeferredStep(eqn, inputs, results))
     return _note(trace, eqn, inputs, results, reason)
+
+
+def _is_plain_call(trace: Trace, eqn: JaxprEqn, values: Sequence[Shared]) -> bool:
+    """Whether a function with a derivative of its own may be run as if it had none."""
+    if eqn.primitive.name == "custom_jvp_call":
+        return not has_shareable_derivative(eqn, values)
+    return eqn.primitive.name == "custom_vjp_call" and not trace.keeps_backward_passes
 
 
 def _warn(trace: Trace, eqn: JaxprEqn, error: Exception) -> str:
@@ -151,14 +162,14 @@ def _kind_of_step(inputs: Sequence[Result], results: Sequence[Result]) -> str:
     return "shared" if any(map(varies_inside, inputs)) else "per position"
 
 
-def _run_shared(grid: Grid, eqn: JaxprEqn, values: Sequence[Shared]) -> Sequence[Shared]:
-    name = eqn.primitive.name
+def _run_shared(trace: Trace, eqn: JaxprEqn, values: Sequence[Shared]) -> Sequence[Shared]:
+    grid, name = trace.grid, eqn.primitive.name
 
     def run(jaxpr: AnyJaxpr, values: Sequence[Shared]) -> list[Shared]:
-        trace = Trace(grid)
-        outs = interpret(trace, jaxpr, values)
-        if trace.deferred:
-            raise Unshared(next(step.reason for step in trace.steps if step.reason))
+        inside = Trace(grid, keeps_backward_passes=trace.keeps_backward_passes)
+        outs = interpret(inside, jaxpr, values)
+        if inside.deferred:
+            raise Unshared(next(step.reason for step in inside.steps if step.reason))
         return [out for out in outs if not isinstance(out, Deferred)]
 
     if name in CALL_RULES and any(map(varies_inside, values)):
