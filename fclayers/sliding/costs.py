@@ -4,17 +4,24 @@ from collections.abc import Callable, Sequence
 from math import prod
 
 import jax
-from jax.extend.core import JaxprEqn
+from jax.extend.core import Jaxpr, JaxprEqn
 from jaxtyping import Array
 
-from fclayers.sliding.equations import out_shapes
-from fclayers.sliding.pieces import Pieces
+from fclayers.sliding.equations import aval, out_shapes
+from fclayers.sliding.pieces import Pieces, arrays_of
 from fclayers.sliding.values import Grid, Value
 
 # All windows of a step at once are no larger than a chunk of windows.
 CHUNK_BYTES = 2**26
 # Elements in pieces take more time than those of windows in batches.
 _PIECES_ARE_SLOWER = 2
+# Primitives that compute nothing.
+_MOVES = frozenset(
+    """
+    broadcast_in_dim concatenate convert_element_type copy copy_p dynamic_slice gather iota pad
+    reshape rev slice split squeeze stack stop_gradient transpose
+    """.split()
+)
 # Larger constants are computed by the program.
 _MAX_FOLDED = 2**16
 
@@ -47,6 +54,40 @@ def is_worth_sharing(
     windows = prod(grid.counts) * sum(prod(result.shape) for result in results)
     size = sum(prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
     return elements * _PIECES_ARE_SLOWER <= windows or size <= CHUNK_BYTES
+
+
+def count_operations(grid: Grid, eqn: JaxprEqn, results: Sequence[object]) -> float:
+    """Operations of a step on all windows; of results that are not shared, those of each window."""
+    windows = prod(grid.counts)
+    shared = [value for value in results if isinstance(value, (Value, Pieces))]
+    size = sum(prod(shape) for shape in out_shapes(eqn))
+    if not shared or not size:
+        return _count_for_one(eqn) * windows
+    return _count_for_one(eqn) * sum(array.size for array in arrays_of(shared)) / size
+
+
+def _count_for_one(eqn: JaxprEqn) -> float:
+    """Multiplications, additions and the like of an equation; none for moving elements."""
+    name, params = eqn.primitive.name, eqn.params
+    size = sum(prod(shape) for shape in out_shapes(eqn))
+    inner = [getattr(p, "jaxpr", p) for p in params.values()]
+    jaxprs = [jaxpr for jaxpr in inner if isinstance(jaxpr, Jaxpr)]
+    if name in _MOVES:
+        return 0
+    if name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        return 2 * size * prod(aval(eqn.invars[0]).shape[i] for i in contracted)
+    if name == "conv_general_dilated":
+        kernel, (_, inputs, *spatial) = aval(eqn.invars[1]).shape, params["dimension_numbers"][1]
+        taps = prod(kernel[i] for i in spatial) / prod(params["lhs_dilation"])
+        return 2 * size * taps * kernel[inputs]
+    if "window_dimensions" in params:
+        return size * prod(params["window_dimensions"])
+    if name.startswith(("reduce_", "arg")):
+        return prod(aval(eqn.invars[0]).shape)
+    if jaxprs:
+        return params.get("length", 1) * sum(_count_for_one(e) for j in jaxprs for e in j.eqns)
+    return size
 
 
 def is_foldable(eqn: JaxprEqn, values: Sequence[Value]) -> bool:

@@ -15,7 +15,7 @@ from jax.extend.core import JaxprEqn, Literal, Var
 
 from fclayers.sliding.calls import CALL_RULES, called_jaxpr, has_shareable_derivative
 from fclayers.sliding.checks import check_operands, empty_results
-from fclayers.sliding.costs import is_foldable, is_worth_sharing
+from fclayers.sliding.costs import count_operations, is_foldable, is_worth_sharing
 from fclayers.sliding.equations import AnyJaxpr, aval, open_jaxpr, out_shapes, source_line
 from fclayers.sliding.piece_rules import PIECE_RULES
 from fclayers.sliding.pieces import Pieces, as_value, describe_borders, in_pieces, varies_inside
@@ -41,7 +41,7 @@ class DeferredStep(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What became of an equation: shared, per position, per window (and why), or a constant.
+    """What became of an equation, in the report's words, and why if it is not shared.
 
     `eqns` are the equation and the calls around it, the innermost first.
     """
@@ -49,6 +49,7 @@ class Step(NamedTuple):
     eqns: tuple[JaxprEqn, ...]
     kind: str
     shape: tuple[int, ...]
+    operations: float
     reason: str = ""
 
 
@@ -146,7 +147,9 @@ def _note(
     first = results[0] if results else None
     shapes = [first.array.shape] if isinstance(first, Value) else out_shapes(eqn)
     kind = _kind_of_step(inputs, results)
-    trace.steps.append(Step((eqn, *trace.callers), kind, shapes[0] if shapes else (), reason))
+    operations = count_operations(trace.grid, eqn, results)
+    shape = shapes[0] if shapes else ()
+    trace.steps.append(Step((eqn, *trace.callers), kind, shape, operations, reason))
     return results
 
 

@@ -166,7 +166,8 @@ def pad(grid: Grid, eqn: JaxprEqn, value: Pieces, fill: Pieces) -> Pieces:
 
 
 def concatenate(grid: Grid, eqn: JaxprEqn, *values: Pieces) -> Pieces:
-    return concatenate_pieces(grid, values, eqn.params["dimension"])
+    dim = eqn.params["dimension"]
+    return concatenate_pieces(grid, [value for value in values if value.shape[dim]], dim)
 
 
 def split(grid: Grid, eqn: JaxprEqn, value: Pieces) -> list[Pieces]:
@@ -340,7 +341,8 @@ def _pad_between(grid: Grid, value: Pieces, fill: Pieces, dim: int, count: int) 
         shape = (*x.shape[: factor + 1], count, *x.shape[factor + 1 :])
         pairs = [lax.expand_dims(x, (factor + 1,)), lax.broadcast(between, shape)]
         both = lax.concatenate(pairs, factor + 1)
-        return lax.reshape(both, (*x.shape[:factor], -1, *x.shape[factor + 1 :]))
+        wide = x.shape[factor] * (count + 1)
+        return lax.reshape(both, (*x.shape[:factor], wide, *x.shape[factor + 1 :]))
 
     dims = list(value.dims)
     dims[dim] = (tuple(n * (count + 1) for n in value.factors[factor]),)
