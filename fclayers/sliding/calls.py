@@ -13,20 +13,12 @@ from jax.extend.core import JaxprEqn
 from jaxtyping import Array
 
 from fclayers.sliding.equations import AnyJaxpr, aval, open_jaxpr
-from fclayers.sliding.layout import align_per_dim
-from fclayers.sliding.values import (
-    Atom,
-    Grid,
-    Unshared,
-    Value,
-    constant,
-    dense,
-    make_value,
-    over_positions,
-    per_dim,
-)
+from fclayers.sliding.pieces import Pieces, arrays_of, layout, with_arrays
+from fclayers.sliding.pieces import run as run_lax
+from fclayers.sliding.values import Grid, Unshared, Value, constant
 
-Run = Callable[[AnyJaxpr, Sequence[Value]], list[Value]]
+Shared = Value | Pieces
+Run = Callable[[AnyJaxpr, Sequence[Shared]], list[Shared]]
 
 # Scans over layers are unrolled; longer ones are run window by window.
 _MAX_SCAN_LENGTH = 256
@@ -55,52 +47,55 @@ def called_jaxpr(eqn: JaxprEqn) -> tuple[AnyJaxpr | None, int]:
     return None, 0
 
 
-def has_shareable_derivative(eqn: JaxprEqn, values: Sequence[Value]) -> bool:
+def has_shareable_derivative(eqn: JaxprEqn, values: Sequence[Shared]) -> bool:
     """Whether the derivative of a `jax.custom_jvp` may be run like the function."""
-    floating = all(jnp.issubdtype(value.array.dtype, jnp.inexact) for value in values)
+    floating = all(jnp.issubdtype(array.dtype, jnp.inexact) for array in arrays_of(values))
     return floating and not (eqn.params["symbolic_zeros"] or eqn.params["num_consts"])
 
 
-def custom_jvp(grid: Grid, run: Run, eqn: JaxprEqn, *values: Value) -> list[Value]:
+def custom_jvp(grid: Grid, run: Run, eqn: JaxprEqn, *values: Shared) -> list[Shared]:
     """Keeps the function's own derivative, where it can be shared like the function."""
     call, rule_of = eqn.params["call_jaxpr"], eqn.params["jvp_jaxpr_fun"].call_wrapped
-    outs: list[Value] = []
+    outs: list[Shared] = []
 
     def primal(*arrays: Array) -> list[Array]:
-        outs[:] = run(call, _with_arrays(values, arrays))
-        return [out.array for out in outs]
+        outs[:] = run(call, with_arrays(values, arrays))
+        return arrays_of(outs)
 
     def rule(
         primals: Sequence[Array], tangents: Sequence[Array]
     ) -> tuple[list[Array], list[Array]]:
-        jaxpr, consts, zeros = rule_of(*[False] * len(primals))
-        arguments = _with_arrays([*values, *values], [*primals, *tangents])
+        jaxpr, consts, zeros = rule_of(*[False] * len(values))
+        arguments = with_arrays([*values, *values], [*primals, *tangents])
         try:
             results = run(jaxpr, [*map(constant, consts), *arguments])
             primals_out, rest = results[: len(zeros)], iter(results[len(zeros) :])
             tangents_out = [
-                jnp.zeros_like(out.array) if zero else _laid_out_as(out, next(rest))
+                tangent
                 for out, zero in zip(primals_out, zeros, strict=True)
+                for tangent in (
+                    map(jnp.zeros_like, arrays_of([out])) if zero else _laid_out_as(out, next(rest))
+                )
             ]
         except Unshared:
             return jax.jvp(primal, primals, tangents)
-        return [out.array for out in primals_out], tangents_out
+        return arrays_of(primals_out), tangents_out
 
     function = jax.custom_jvp(primal)
     function.defjvp(rule)
-    inputs = [value.array for value in values]
+    inputs = arrays_of(values)
     # Finds the layout of the results; under differentiation only the rule is called.
     jax.eval_shape(primal, *inputs)
     arrays = function(*inputs)
-    return _with_arrays(outs, arrays)
+    return with_arrays(outs, arrays)
 
 
-def custom_vjp(grid: Grid, run: Run, eqn: JaxprEqn, *values: Value) -> list[Value]:
-    """A backward pass need not be linear, and would get the sum over windows if it were shared."""
+def custom_vjp(grid: Grid, run: Run, eqn: JaxprEqn, *values: Shared) -> list[Shared]:
+    """For functions that are differentiated; the others are plain calls."""
     raise Unshared("has a backward pass of its own (jax.custom_vjp)")
 
 
-def scan(grid: Grid, run: Run, eqn: JaxprEqn, *values: Value) -> list[Value]:
+def scan(grid: Grid, run: Run, eqn: JaxprEqn, *values: Shared) -> list[Shared]:
     """Unrolled."""
     length, body = eqn.params["length"], eqn.params["jaxpr"]
     if not 0 < length <= _MAX_SCAN_LENGTH:
@@ -119,39 +114,34 @@ def scan(grid: Grid, run: Run, eqn: JaxprEqn, *values: Value) -> list[Value]:
     consts, carry = values[:first_carry], list(values[first_carry : first_carry + num_carry])
     collected = []
     for i in range(length)[:: -1 if eqn.params["reverse"] else 1]:
-        xs = [_pick(value, i) for value in values[first_carry + num_carry :]]
+        xs = [_pick(grid, value, i) for value in values[first_carry + num_carry :]]
         outs = run(body, [*consts, *carry, *xs])
         carry = outs[:num_carry]
         collected.append(outs[num_carry:])
     if eqn.params["reverse"]:
         collected.reverse()
-    return [*carry, *(_stack(column) for column in zip(*collected, strict=True))]
+    return [*carry, *(_stack(grid, column) for column in zip(*collected, strict=True))]
 
 
-def _laid_out_as(value: Value, other: Value) -> Array:
-    """The other value's array, if it is laid out in the same way."""
-    if (value.dims, value.positions) != (other.dims, other.positions):
+def _laid_out_as(value: Shared, other: Shared) -> list[Array]:
+    """The other value's arrays, if it is laid out in the same way."""
+    if layout(value) != layout(other):
         raise Unshared("has a tangent that lies differently in the window")
-    return other.array
+    return arrays_of([other])
 
 
-def _with_arrays(values: Sequence[Value], arrays: Sequence[Array]) -> list[Value]:
-    return [value._replace(array=array) for value, array in zip(values, arrays, strict=True)]
-
-
-def _pick(value: Value, i: int) -> Value:
+def _pick(grid: Grid, value: Shared, i: int) -> Shared:
     """One element along the first dimension."""
-    value = dense(per_dim(value)[0])
-    if value.atoms[0].axis is not None:
+    if isinstance(value, Pieces) or any(atom.axis is not None for atom in value.dims[0]):
         raise Unshared("scans along the window")
-    array = lax.index_in_dim(value.array, i, len(value.positions), keepdims=False)
-    return make_value(array, value.atoms[1:], value.positions)
+    return run_lax(grid, lambda x: lax.squeeze(lax.slice_in_dim(x, i, i + 1), (0,)), value)
 
 
-def _stack(values: Sequence[Value]) -> Value:
-    fitted = align_per_dim(values)
-    array, positions = over_positions(lambda *arrays: jnp.stack(arrays), *fitted)
-    return make_value(array, [Atom(len(values)), *fitted[0].atoms], positions)
+def _stack(grid: Grid, values: Sequence[Shared]) -> Shared:
+    whole = [value for value in values if isinstance(value, Value)]
+    if len(whole) < len(values):
+        raise Unshared("stacks values in pieces")
+    return run_lax(grid, lambda *x: jnp.stack(x), *whole)
 
 
 CALL_RULES = {"custom_jvp_call": custom_jvp, "custom_vjp_call": custom_vjp, "scan": scan}

@@ -10,12 +10,8 @@ from jaxtyping import Array
 
 from fclayers.sliding.cutting import cut_window
 from fclayers.sliding.equations import aval, bind
+from fclayers.sliding.costs import CHUNK_BYTES
 from fclayers.sliding.interpret import Deferred, Result, Trace
-from fclayers.sliding.values import Value
-
-# Windows that cannot be shared are run in chunks of about this size.
-_CHUNK_BYTES = 2**26
-
 
 def run_deferred(trace: Trace, outs: Sequence[Result]) -> dict[int, Array]:
     """The deferred ones of a function's results, by their `id`, positions in front."""
@@ -35,7 +31,7 @@ def run_deferred(trace: Trace, outs: Sequence[Result]) -> dict[int, Array]:
 
         def read(value: Result) -> Array:
             if id(value) not in known:
-                assert isinstance(value, Value)
+                assert not isinstance(value, Deferred)
                 known[id(value)] = cut_window(trace.grid, value, position)
             return known[id(value)]
 
@@ -46,7 +42,7 @@ def run_deferred(trace: Trace, outs: Sequence[Result]) -> dict[int, Array]:
     counts = trace.grid.counts
     computed = [aval(var) for step in steps for var in step.eqn.outvars]
     bytes_per_window = sum(prod(array.shape) * array.dtype.itemsize for array in computed)
-    results = _map_in_chunks(run_window, prod(counts), _CHUNK_BYTES // max(bytes_per_window, 1))
+    results = _map_in_chunks(run_window, prod(counts), CHUNK_BYTES // max(bytes_per_window, 1))
     shaped = (array.reshape(*counts, *array.shape[1:]) for array in results)
     return dict(zip(wanted, shaped, strict=True))
 

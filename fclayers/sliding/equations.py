@@ -41,6 +41,18 @@ def open_jaxpr(jaxpr: AnyJaxpr) -> tuple[Jaxpr, list[ArrayLike]]:
     return getattr(jaxpr, "jaxpr", jaxpr), list(getattr(jaxpr, "consts", ()))  # type: ignore[arg-type]
 
 
+def contains(jaxpr: Jaxpr, name: str) -> bool:
+    """Whether a primitive occurs, at any depth."""
+    for eqn in jaxpr.eqns:
+        inner = jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns"))
+        jaxprs = (getattr(leaf, "jaxpr", leaf) for leaf in inner)
+        if eqn.primitive.name == name or any(
+            contains(inner, name) for inner in jaxprs if isinstance(inner, Jaxpr)
+        ):
+            return True
+    return False
+
+
 def source_line(eqns: Sequence[JaxprEqn]) -> str:
     """The innermost line that is neither JAX's nor this library's."""
     for eqn in eqns:

@@ -6,33 +6,30 @@ steps whose results are returned are run window by window.
 
 import warnings
 from collections.abc import Sequence
-from typing import NamedTuple
+from contextlib import nullcontext
+from typing import NamedTuple, cast
 
-import jax.numpy as jnp
+import jax
+import numpy as np
 from jax.extend.core import JaxprEqn, Literal, Var
 
 from fclayers.sliding.calls import CALL_RULES, called_jaxpr, has_shareable_derivative
-from fclayers.sliding.checks import check_operands, check_results, empty_results
-from fclayers.sliding.equations import AnyJaxpr, aval, bind, open_jaxpr, out_shapes, source_line
-from fclayers.sliding.layout import position_single_elements
-from fclayers.sliding.rules import RULES
-from fclayers.sliding.values import (
-    Atom,
-    Grid,
-    Unshared,
-    Value,
-    constant,
-    make_value,
-    over_positions,
-    whole,
-)
+from fclayers.sliding.checks import check_operands, empty_results
+from fclayers.sliding.costs import count_operations, is_foldable, is_worth_sharing
+from fclayers.sliding.equations import AnyJaxpr, aval, open_jaxpr, out_shapes, source_line
+from fclayers.sliding.piece_rules import PIECE_RULES
+from fclayers.sliding.pieces import Pieces, as_value, describe_borders, in_pieces, varies_inside
+from fclayers.sliding.resample import repeats
+from fclayers.sliding.run_rule import run_rule
+from fclayers.sliding.values import Grid, Unshared, Value, constant
 
 
 class Deferred:
     """The result of a deferred step."""
 
 
-Result = Value | Deferred
+Shared = Value | Pieces
+Result = Shared | Deferred
 
 
 class DeferredStep(NamedTuple):
@@ -44,7 +41,7 @@ class DeferredStep(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What became of an equation: shared, per position, per window (and why), or a constant.
+    """What became of an equation, in the report's words, and why if it is not shared.
 
     `eqns` are the equation and the calls around it, the innermost first.
     """
@@ -52,14 +49,19 @@ class Step(NamedTuple):
     eqns: tuple[JaxprEqn, ...]
     kind: str
     shape: tuple[int, ...]
+    operations: float
     reason: str = ""
 
 
 class Trace:
-    """What a run has deferred, and what became of every equation."""
+    """What a run has deferred, and what became of every equation.
 
-    def __init__(self, grid: Grid) -> None:
+    One that is differentiated `keeps_backward_passes` of `jax.custom_vjp`, window by window.
+    """
+
+    def __init__(self, grid: Grid, *, keeps_backward_passes: bool = False) -> None:
         self.grid = grid
+        self.keeps_backward_passes = keeps_backward_passes
         self.deferred: list[DeferredStep] = []
         self.steps: list[Step] = []
         self.callers: tuple[JaxprEqn, ...] = ()
@@ -74,7 +76,7 @@ def interpret(trace: Trace, jaxpr: AnyJaxpr, inputs: Sequence[Result]) -> list[R
 
     def read(atom: Var | Literal) -> Result:
         if isinstance(atom, Literal):
-            return constant(jnp.asarray(atom.val, aval(atom).dtype))
+            return constant(np.asarray(atom.val, aval(atom).dtype))
         return env[atom]
 
     for eqn in jaxpr.eqns:
@@ -90,25 +92,28 @@ def _run(trace: Trace, eqn: JaxprEqn, inputs: list[Result]) -> Sequence[Result]:
         return _run_call(trace, eqn, called, inputs[first:])
     empty = empty_results(eqn)
     if empty:
-        return _note(trace, eqn, "constant", empty)
-    values = [value for value in inputs if isinstance(value, Value)]
+        return _note(trace, eqn, [], empty)
+    values = [value for value in inputs if not isinstance(value, Deferred)]
     try:
         if len(values) < len(inputs):
             raise Unshared("needs a result that is computed window by window")
-        if all(value.is_constant for value in values):
-            return _note(trace, eqn, "constant", _run_constant(trace.grid, eqn, values))
-        if not any(atom.axis is not None for value in values for atom in value.atoms):
-            return _note(trace, eqn, "per position", _run_per_position(eqn, values))
-        if name == "custom_jvp_call" and not has_shareable_derivative(eqn, values):
+        if _is_plain_call(trace, eqn, values):
             return _run_call(trace, eqn, eqn.params["call_jaxpr"], values)
-        return _note(trace, eqn, "shared", _run_shared(trace.grid, eqn, values))
+        return _note(trace, eqn, values, _run_shared(trace, eqn, values))
     except Unshared as unshared:
         reason = str(unshared)
     except Exception as error:
         reason = _warn(trace, eqn, error)
     results = [Deferred() for _ in eqn.outvars]
     trace.deferred.append(DeferredStep(eqn, inputs, results))
-    return _note(trace, eqn, "per window", results, reason)
+    return _note(trace, eqn, inputs, results, reason)
+
+
+def _is_plain_call(trace: Trace, eqn: JaxprEqn, values: Sequence[Shared]) -> bool:
+    """Whether a function with a derivative of its own may be run as if it had none."""
+    if eqn.primitive.name == "custom_jvp_call":
+        return not has_shareable_derivative(eqn, values)
+    return eqn.primitive.name == "custom_vjp_call" and not trace.keeps_backward_passes
 
 
 def _warn(trace: Trace, eqn: JaxprEqn, error: Exception) -> str:
@@ -135,51 +140,67 @@ def _run_call(
 def _note(
     trace: Trace,
     eqn: JaxprEqn,
-    kind: str,
+    inputs: Sequence[Result],
     results: Sequence[Result],
     reason: str = "",
 ) -> Sequence[Result]:
     first = results[0] if results else None
     shapes = [first.array.shape] if isinstance(first, Value) else out_shapes(eqn)
-    trace.steps.append(Step((eqn, *trace.callers), kind, shapes[0] if shapes else (), reason))
+    kind = _kind_of_step(inputs, results)
+    operations = count_operations(trace.grid, eqn, results)
+    shape = shapes[0] if shapes else ()
+    trace.steps.append(Step((eqn, *trace.callers), kind, shape, operations, reason))
     return results
 
 
-def _run_constant(grid: Grid, eqn: JaxprEqn, values: list[Value]) -> Sequence[Value]:
-    """By its rule, which remembers what is uniform, or else unchanged."""
-    if eqn.primitive.name in RULES:
-        try:
-            return _run_shared(grid, eqn, values)
-        except Unshared:
-            pass
-    return _run_per_position(eqn, values)
+def _kind_of_step(inputs: Sequence[Result], results: Sequence[Result]) -> str:
+    """In the words of the report."""
+    for result in results:
+        if isinstance(result, Deferred):
+            return "per window"
+        if isinstance(result, Pieces):
+            return describe_borders(result)
+    if all(isinstance(value, Value) and value.is_constant for value in inputs):
+        return "constant"
+    return "shared" if any(map(varies_inside, inputs)) else "per position"
 
 
-def _run_per_position(eqn: JaxprEqn, values: list[Value]) -> Sequence[Value]:
-    """Unchanged, mapped over the position axes."""
-    results, positions = over_positions(lambda *arrays: bind(eqn, *arrays), *map(whole, values))
-    return [
-        make_value(array, [Atom(size) for size in shape], positions)
-        for array, shape in zip(results, out_shapes(eqn), strict=True)
-    ]
+def _run_shared(trace: Trace, eqn: JaxprEqn, values: Sequence[Shared]) -> Sequence[Shared]:
+    grid, name = trace.grid, eqn.primitive.name
+
+    def run(jaxpr: AnyJaxpr, values: Sequence[Shared]) -> list[Shared]:
+        inside = Trace(grid, keeps_backward_passes=trace.keeps_backward_passes)
+        outs = interpret(inside, jaxpr, values)
+        if inside.deferred:
+            raise Unshared(next(step.reason for step in inside.steps if step.reason))
+        return [out for out in outs if not isinstance(out, Deferred)]
+
+    if name in CALL_RULES and any(map(varies_inside, values)):
+        check_operands(eqn, [value.shape for value in values])
+        return CALL_RULES[name](grid, run, eqn, *values)
+    whole = [value for value in values if isinstance(value, Value)]
+    if len(whole) < len(values) or repeats(eqn, values):
+        return _run_in_pieces(grid, eqn, values)
+    try:
+        with jax.ensure_compile_time_eval() if is_foldable(eqn, whole) else nullcontext():
+            return cast("list[Shared]", run_rule(grid, eqn, *whole))
+    except Unshared:
+        if name not in PIECE_RULES:
+            raise
+    return _run_in_pieces(grid, eqn, values)
 
 
-def _run_shared(grid: Grid, eqn: JaxprEqn, values: list[Value]) -> Sequence[Value]:
-    name = eqn.primitive.name
+def _run_in_pieces(grid: Grid, eqn: JaxprEqn, values: Sequence[Shared]) -> Sequence[Shared]:
+    if eqn.primitive.name not in PIECE_RULES:
+        raise Unshared(f"there is no rule for {eqn.primitive.name} on values in pieces")
+    check_operands(eqn, [value.shape for value in values])
+    rule = PIECE_RULES[eqn.primitive.name]
 
-    def run(jaxpr: AnyJaxpr, values: Sequence[Value]) -> list[Value]:
-        trace = Trace(grid)
-        outs = interpret(trace, jaxpr, values)
-        if trace.deferred:
-            raise Unshared(next(step.reason for step in trace.steps if step.reason))
-        return [out for out in outs if isinstance(out, Value)]
+    def run(values: Sequence[Pieces]) -> list[Pieces]:
+        results = rule(grid, eqn, *values)
+        return results if isinstance(results, list) else [results]
 
-    if name not in CALL_RULES and name not in RULES:
-        raise Unshared(f"there is no rule for {name}")
-    check_operands(eqn, values)
-    if name in CALL_RULES:
-        return check_results(grid, eqn, CALL_RULES[name](grid, run, eqn, *values))
-    positions = {axis for value in values for axis in value.positions}
-    values = [position_single_elements(grid, value, positions) for value in values]
-    results = RULES[name](grid, eqn, *values)
-    return check_results(grid, eqn, [results] if isinstance(results, Value) else results)
+    operands = [in_pieces(value) for value in values]
+    if not is_worth_sharing(grid, run, operands):
+        raise Unshared("has borders that meet inside the window")
+    return [as_value(result) for result in run(operands)]

@@ -1,6 +1,7 @@
 """Gives values other atoms for one shape: to reshape them, and for operands to agree."""
 
 from collections.abc import Container, Sequence
+from fractions import Fraction
 from itertools import chain, groupby
 from math import prod
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from fclayers.sliding.phases import NeedsPhases
 from fclayers.sliding.values import (
     Atom,
     Grid,
@@ -53,6 +55,28 @@ def position_single_elements(grid: Grid, value: Value, axes: Container[int]) -> 
         if atom.axis is not None and atom.size == 1 and atom.axis in axes:
             value = _position(grid, value, atom)
     return value
+
+
+def fuse(grid: Grid, value: Value) -> Value:
+    """Makes one finer window atom of a window atom and the plain ones that follow it.
+
+    That is what repeating does, and moving channels into the window.
+    """
+    shape, dims = list(value.leading), []
+    for section in sections(dense(value)):
+        (first, length), *rest = section or [(Atom(1), 1)]
+        if rest and first.axis is not None and all(atom.axis is None for atom, _ in rest):
+            q = step(grid, first)
+            if q != first.pitch:
+                raise NeedsPhases(first.axis, int(first.pitch // q))
+            times = prod(atom.size for atom, _ in rest)
+            finer = Atom(first.size * times, first.axis, Fraction(first.pitch) / times)
+            shape.append(length * times)
+            dims.append((finer,))
+        else:
+            shape += [length for _, length in section]
+            dims.append(tuple(atom for atom, _ in section))
+    return Value(dense(value).array.reshape(shape), tuple(dims), value.positions)
 
 
 def drop_atom(value: Value, atom: Atom, array: Array) -> Value:

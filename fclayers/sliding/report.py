@@ -22,9 +22,12 @@ class Row(NamedTuple):
     Attributes:
         line: File and line of the function's source.
         operations: Names of the JAX primitives.
-        kind: `"shared"` (computed once for all windows), `"per position"` (once per window, on
-            what is left of it), or `"per window"` (on each window, cut out).
-        shape: Shape of the last result: with all windows, or for `"per window"` of one.
+        kind: `"shared"` (computed once for all windows), `"bordered (start 1, end 2)"` (the same,
+            but for so many elements at the ends of each window), `"per position"` (once per
+            window, on what is left of it), or `"per window"` (on each window, cut out).
+        shape: Shape of the last result: with all windows, or for `"bordered"` and `"per window"` of
+            one.
+        flops: Multiplications, additions and comparisons for all windows.
         reason: Why the steps are not shared.
     """
 
@@ -32,6 +35,7 @@ class Row(NamedTuple):
     operations: tuple[str, ...]
     kind: str
     shape: tuple[int, ...]
+    flops: float
     reason: str
 
 
@@ -59,10 +63,10 @@ class SlideReport(NamedTuple):
 
     def __repr__(self) -> str:
         cells = [
-            (row.line, ", ".join(row.operations), row.kind, row.shape, row.reason)
+            (row.line, ", ".join(row.operations), row.kind, row.shape, f"{row.flops:.2g}", row.reason)
             for row in self.rows
         ]
-        table = format_table(("line", "operations", "computed", "shape", "because it"), cells)
+        table = format_table(("line", "operations", "computed", "shape", "flops", "because it"), cells)
         stops = next((row for row in self.rows if row.kind == "per window"), None)
         verdict = (
             f"shared up to {stops.line}, which {stops.reason}" if stops else "shared all the way"
@@ -171,7 +175,8 @@ def _rows(steps: Sequence[Step]) -> Iterator[Row]:
     for (line, kind, reason), group in groupby(range(len(visible)), lines.__getitem__):
         members = [visible[i] for i in group]
         names = dict.fromkeys(step.eqns[0].primitive.name for step in members)
-        yield Row(line, tuple(names), kind, members[-1].shape, reason)
+        flops = sum(step.operations for step in members)
+        yield Row(line, tuple(names), kind, members[-1].shape, flops, reason)
 
 
 def _flops(lowered: Lowered) -> float:

@@ -77,12 +77,14 @@ def slice_rule(grid: Grid, eqn: JaxprEqn, value: Value) -> Value:
         atoms, starts, limits, strides, out_shapes(eqn)[0], strict=True
     ):
         cut, out = (start, limit, stride), Atom(size)
-        if atom.axis is not None:
+        if atom.uniform:
+            cut, out = (0, 1, 1), Atom(size, uniform=True)
+        elif atom.axis is not None:
             cut, out = _cut_window_atom(grid, atom, start, stride, size)
         cuts.append(cut)
         kept.append(out)
     array, positions = over_positions(
-        lambda array: lax.slice(array, *zip(*cuts, strict=True)), dense(value)
+        lambda array: lax.slice(array, *zip(*cuts, strict=True)), value
     )
     return make_value(array, kept, positions)
 
@@ -125,7 +127,7 @@ def concatenate(grid: Grid, eqn: JaxprEqn, *values: Value) -> Value:
     values = tuple(value for value in values if value.shape[axis])
     if any(atom.axis is not None for value in values for atom in value.dims[axis]):
         raise Unshared("joins along the window")
-    fitted = [dense(value) for value in align(values, but=axis)]
+    fitted = align(values, but=axis)
     array, positions = over_positions(lambda *arrays: lax.concatenate(arrays, axis), *fitted)
     atoms = list(fitted[0].atoms)
     atoms[axis] = Atom(out_shapes(eqn)[0][axis])

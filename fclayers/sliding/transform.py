@@ -1,6 +1,7 @@
 """`slide`: a function of one window becomes a function of all windows of a larger image."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import prod
 
 import jax
@@ -14,8 +15,9 @@ from fclayers._util.trees import abstract
 from fclayers.sliding.arguments import check_image, check_windows, place_windows
 from fclayers.sliding.cutting import cut_windows
 from fclayers.sliding.deferred import run_deferred
-from fclayers.sliding.interpret import Deferred, Result, Trace, interpret
-from fclayers.sliding.values import Atom, make_value
+from fclayers.sliding.equations import contains
+from fclayers.sliding.interpret import Deferred, Trace, interpret
+from fclayers.sliding.values import Atom, Value, make_value
 
 
 @public
@@ -114,7 +116,7 @@ def slide_and_trace(
                 cut = tuple(slice(size) for size in one.shape)
                 results = _run_one(trace, jaxpr, image[cut])
             else:
-                results = _finish(trace, interpret(trace, jaxpr, [make_value(image, atoms)]))
+                results = _run_all(trace, jaxpr, make_value(image, atoms))
             return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
         explicit = jax.typeof(image).sharding.mesh.explicit_axes
@@ -136,8 +138,32 @@ def _run_one(trace: Trace, jaxpr: ClosedJaxpr, window: Array) -> list[Array]:
     return [jnp.expand_dims(out, range(len(trace.grid.counts))) for out in results]
 
 
-def _finish(trace: Trace, outs: Sequence[Result]) -> list[Array]:
-    """The results by position; what was deferred is run now."""
+def _run_all(trace: Trace, jaxpr: ClosedJaxpr, image: Value) -> list[Array]:
+    """The results by position."""
+    if not contains(jaxpr.jaxpr, "custom_vjp_call"):
+        return _interpret(trace, jaxpr, image)
+    traced = [isinstance(const, jax.core.Tracer) for const in jaxpr.consts]
+
+    def run(trace: Trace, consts: Sequence[Array], array: Array) -> list[Array]:
+        rest = iter(consts)
+        known = [
+            next(rest) if is_traced else const
+            for const, is_traced in zip(jaxpr.consts, traced, strict=True)
+        ]
+        return _interpret(trace, ClosedJaxpr(jaxpr.jaxpr, known), image._replace(array=array))
+
+    # A backward pass need not be linear, and would get the sum over windows if it were shared.
+    evaluate = jax.custom_vjp(partial(run, trace))
+    own = partial(run, Trace(trace.grid, keeps_backward_passes=True))
+    evaluate.defvjp(partial(jax.vjp, own), lambda backward, cotangents: backward(cotangents))
+    consts = [c for c, is_traced in zip(jaxpr.consts, traced, strict=True) if is_traced]
+    results: list[Array] = evaluate(consts, image.array)
+    return results
+
+
+def _interpret(trace: Trace, jaxpr: ClosedJaxpr, image: Value) -> list[Array]:
+    """What was deferred is run at the end."""
+    outs = interpret(trace, jaxpr, [image])
     deferred = run_deferred(trace, outs)
     return [
         deferred[id(out)] if isinstance(out, Deferred) else cut_windows(trace.grid, out)

@@ -10,9 +10,15 @@ the array are `gcd(stride, pitch)` pixels apart, so element `j` of window `i` is
 A *uniform* atom is the same everywhere, and has size 1 in the array. When nothing of a window axis
 is left inside the window, the axis is a *position axis*: the array then has it in front, with one
 element per window. A value with neither is a constant.
+
+After upsampling, the pitch may be a fraction of a pixel, and the positions of a window axis may be
+split into *phases*: every `d`-th window is in one phase, and the array has an axis of length `d` in
+front of everything else (see `phases.py`).
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from fractions import Fraction
 from math import gcd, prod
 from typing import NamedTuple, TypeVar
 
@@ -41,16 +47,20 @@ class Atom(NamedTuple):
 
     size: int
     axis: int | None = None
-    pitch: int = 0
+    pitch: int | Fraction = 0
     uniform: bool = False
 
 
 class Value(NamedTuple):
-    """An array with the position axes in front, then one axis per atom; the atoms by dimension."""
+    """An array with the position axes in front, then one axis per atom; the atoms by dimension.
+
+    `phases` are the split window axes, and the number of phases of each.
+    """
 
     array: Array
     dims: tuple[tuple[Atom, ...], ...]
     positions: tuple[int, ...] = ()
+    phases: tuple[tuple[int, int], ...] = ()
 
     @property
     def atoms(self) -> tuple[Atom, ...]:
@@ -76,8 +86,11 @@ class Value(NamedTuple):
 
 
 def constant(array: ArrayLike) -> Value:
-    array = jnp.asarray(array)
-    return make_value(array, [Atom(size) for size in array.shape])
+    """The same for all windows; what is concrete stays so while the function is traced."""
+    traced = isinstance(array, jax.core.Tracer)
+    with nullcontext() if traced else jax.ensure_compile_time_eval():
+        array = jnp.asarray(array)
+        return make_value(array, [Atom(size) for size in array.shape])
 
 
 def axis_of(atom: Atom) -> int:
@@ -86,12 +99,13 @@ def axis_of(atom: Atom) -> int:
     return atom.axis
 
 
-def step(grid: Grid, atom: Atom) -> int:
+def step(grid: Grid, atom: Atom) -> Fraction:
     """Pixels between neighbours along a window atom's axis in the array."""
-    return gcd(grid.stride[axis_of(atom)], atom.pitch)
+    stride, pitch = grid.stride[axis_of(atom)], Fraction(atom.pitch)
+    return Fraction(gcd(stride * pitch.denominator, pitch.numerator), pitch.denominator)
 
 
-def window_atom(grid: Grid, size: int, axis: int, pitch: int) -> Atom:
+def window_atom(grid: Grid, size: int, axis: int, pitch: int | Fraction) -> Atom:
     """A single element needs no pitch; with the stride as its pitch, the array has no gaps."""
     alone = size == 1 and not grid.pads_image
     return Atom(size, axis, grid.stride[axis] if alone else pitch)

@@ -1,6 +1,7 @@
 """Rules for primitives with windows of their own: convolutions, pools, reductions of the window."""
 
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from typing import Literal
 
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from fclayers.kernels.pooling import Pool, reduce_windows
 from fclayers.kernels.windows import Geometry, Pairs
 from fclayers.sliding.equations import aval, bind, bind_one, out_shapes
 from fclayers.sliding.layout import drop_atom
+from fclayers.sliding.phases import NeedsPhases
 from fclayers.sliding.values import (
     Atom,
     Grid,
@@ -214,12 +216,14 @@ def _window_step(
     """Stride, padding and dilation on the array, and the atom of the result."""
     if atom.axis is None:
         return stride, padding, dilation, Atom(size)
-    if base_dilation != 1:
-        raise Unshared("puts zeros between the elements of the window")
-    if max(padding) > 0 and not grid.pads_image:
-        raise Unshared("pads inside the window")
-    out = window_atom(grid, size, atom.axis, atom.pitch * stride)
+    out = window_atom(grid, size, atom.axis, Fraction(atom.pitch) * stride / base_dilation)
     q = step(grid, atom)
-    scale = atom.pitch // q
+    if base_dilation != 1 and q != atom.pitch:
+        raise NeedsPhases(atom.axis, int(atom.pitch // q))
+    # Zeros between elements are the same for all windows, those before and behind them are not.
+    if max(padding) >= base_dilation and not grid.pads_image:
+        raise Unshared("pads inside the window")
+    scale = int(atom.pitch // q)
     low, high = padding
-    return step(grid, out) // q, (low * scale, high * scale), dilation * scale, out
+    apart = int(step(grid, out) // (q / base_dilation))
+    return apart, (low * scale, high * scale), dilation * scale, out

@@ -1,0 +1,101 @@
+"""What a step costs in pieces, and window by window."""
+
+from collections.abc import Callable, Sequence
+from math import prod
+
+import jax
+from jax.extend.core import Jaxpr, JaxprEqn
+from jaxtyping import Array
+
+from fclayers.sliding.equations import aval, out_shapes
+from fclayers.sliding.pieces import Pieces, arrays_of
+from fclayers.sliding.values import Grid, Value
+
+# All windows of a step at once are no larger than a chunk of windows.
+CHUNK_BYTES = 2**26
+# Elements in pieces take more time than those of windows in batches.
+_PIECES_ARE_SLOWER = 2
+# Primitives that compute nothing.
+_MOVES = frozenset(
+    """
+    broadcast_in_dim concatenate convert_element_type copy copy_p dynamic_slice gather iota pad
+    reshape rev slice split squeeze stack stop_gradient transpose
+    """.split()
+)
+# Larger constants are computed by the program.
+_MAX_FOLDED = 2**16
+
+
+def is_worth_sharing(
+    grid: Grid, run: Callable[[Sequence[Pieces]], list[Pieces]], operands: Sequence[Pieces]
+) -> bool:
+    """Whether the results in pieces have far fewer elements than those of all windows."""
+    varying = [
+        block.array for p in operands for block in p.blocks.values() if not block.is_constant
+    ]
+
+    def arrays(varying: Sequence[Array]) -> list[list[Array]]:
+        rest = iter(varying)
+        values = [
+            p._replace(
+                blocks={
+                    index: block if block.is_constant else block._replace(array=next(rest))
+                    for index, block in p.blocks.items()
+                }
+            )
+            for p in operands
+        ]
+        results[:] = run(values)
+        return [[block.array for block in result.blocks.values()] for result in results]
+
+    results: list[Pieces] = []
+    leaves = jax.tree.leaves(jax.eval_shape(arrays, varying))
+    elements = sum(prod(leaf.shape) for leaf in leaves)
+    windows = prod(grid.counts) * sum(prod(result.shape) for result in results)
+    size = sum(prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+    return elements * _PIECES_ARE_SLOWER <= windows or size <= CHUNK_BYTES
+
+
+def count_operations(grid: Grid, eqn: JaxprEqn, results: Sequence[object]) -> float:
+    """Operations of a step on all windows; of results that are not shared, those of each window."""
+    windows = prod(grid.counts)
+    shared = [value for value in results if isinstance(value, (Value, Pieces))]
+    size = sum(prod(shape) for shape in out_shapes(eqn))
+    if not shared or not size:
+        return _count_for_one(eqn) * windows
+    return _count_for_one(eqn) * sum(array.size for array in arrays_of(shared)) / size
+
+
+def _count_for_one(eqn: JaxprEqn) -> float:
+    """Multiplications, additions and the like of an equation; none for moving elements."""
+    name, params = eqn.primitive.name, eqn.params
+    size = sum(prod(shape) for shape in out_shapes(eqn))
+    inner = [getattr(p, "jaxpr", p) for p in params.values()]
+    jaxprs = [jaxpr for jaxpr in inner if isinstance(jaxpr, Jaxpr)]
+    if name in _MOVES:
+        return 0
+    if name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        return 2 * size * prod(aval(eqn.invars[0]).shape[i] for i in contracted)
+    if name == "conv_general_dilated":
+        kernel, (_, inputs, *spatial) = aval(eqn.invars[1]).shape, params["dimension_numbers"][1]
+        taps = prod(kernel[i] for i in spatial) / prod(params["lhs_dilation"])
+        return 2 * size * taps * kernel[inputs]
+    if "window_dimensions" in params:
+        return size * prod(params["window_dimensions"])
+    if name.startswith(("reduce_", "arg")):
+        return prod(aval(eqn.invars[0]).shape)
+    if jaxprs:
+        return params.get("length", 1) * sum(_count_for_one(e) for j in jaxprs for e in j.eqns)
+    return size
+
+
+def is_foldable(eqn: JaxprEqn, values: Sequence[Value]) -> bool:
+    """Whether an equation of constants can be run while the function is traced."""
+    small = all(value.array.size <= _MAX_FOLDED for value in values)
+    return (
+        small
+        and all(value.is_constant for value in values)
+        and not any(isinstance(value.array, jax.core.Tracer) for value in values)
+        and all(prod(shape) <= _MAX_FOLDED for shape in out_shapes(eqn))
+    )

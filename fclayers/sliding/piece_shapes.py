@@ -1,0 +1,409 @@
+"""Rules for values in pieces that move, add, drop, cut and join dimensions."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from math import prod
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend.core import JaxprEqn
+from jaxtyping import Array
+
+from fclayers.sliding.equations import out_shapes
+from fclayers.sliding.layout import reshape
+from fclayers.sliding.phases import over_phases
+from fclayers.sliding.pieces import (
+    Cuts,
+    Index,
+    Pieces,
+    Region,
+    agree,
+    block_shape,
+    in_pieces,
+    indices,
+    join,
+    kind,
+    map_blocks,
+    one_factor,
+    places_of,
+    rebind,
+    run,
+    select,
+    slices_of,
+    spread,
+    starts,
+    unify,
+)
+from fclayers.sliding.values import Atom, Grid, Unshared, Value
+
+
+def elementwise(grid: Grid, eqn: JaxprEqn, *operands: Pieces) -> Pieces:
+    """Block by block; scalars go with every block."""
+    shape = out_shapes(eqn)[0]
+    shaped = unify(grid, [_stretch_ones(p, shape) for p in operands if p.dims])
+    scalars = {i: p.blocks[()] for i, p in enumerate(operands) if not p.dims}
+    blocks = {}
+    for index in indices(shaped[0].factors):
+        members = iter(agree(grid, [p.blocks[index] for p in shaped]))
+        values = [scalars[i] if i in scalars else next(members) for i in range(len(operands))]
+        (blocks[index],) = rebind(grid, eqn, *values)
+    return Pieces(shaped[0].dims, blocks)
+
+
+def transpose(grid: Grid, eqn: JaxprEqn, value: Pieces) -> Pieces:
+    order = eqn.params["permutation"]
+    places = places_of(value)
+    axes = [axis for dim in order for axis in places[dim]]
+    blocks = {
+        tuple(index[axis] for axis in axes): run(grid, lambda x: lax.transpose(x, axes), block)
+        for index, block in value.blocks.items()
+    }
+    return Pieces(tuple(value.dims[dim] for dim in order), blocks)
+
+
+def broadcast_in_dim(grid: Grid, eqn: JaxprEqn, value: Pieces) -> Pieces:
+    shape, where = eqn.params["shape"], eqn.params["broadcast_dimensions"]
+    dims: list[tuple[Cuts, ...]] = [((size,),) for size in shape]
+    for dim, place in zip(value.dims, where, strict=True):
+        if prod(map(sum, dim)) == shape[place]:
+            dims[place] = dim
+        elif len(dim) > 1:
+            raise Unshared("window axes are merged with others")
+    result = Pieces(tuple(dims), {})
+    places = places_of(result)
+    axes = [axis for place in where for axis in places[place]]
+    blocks = {}
+    for index in indices(result.factors):
+        own = tuple(index[axis] for axis in axes)
+        sizes = block_shape(result.factors, index)
+        (blocks[index],) = rebind(
+            grid, eqn, value.blocks[own], shape=sizes, broadcast_dimensions=tuple(axes)
+        )
+    return result._replace(blocks=blocks)
+
+
+def reshape_rule(grid: Grid, eqn: JaxprEqn, value: Pieces) -> Pieces:
+    """For reshape and squeeze. Factors that are cut stay whole, or are split evenly."""
+    if eqn.primitive.name == "reshape" and eqn.params["dimensions"] is not None:
+        raise Unshared("reorders dimensions in a reshape")
+    rest = _runs(value)
+    dims: list[list[Cuts]] = []
+    for size in out_shapes(eqn)[0]:
+        dim: list[Cuts] = []
+        while size > 1:
+            cuts, factor = rest.pop(0)
+            whole = sum(cuts)
+            if max(whole, size) % min(whole, size):
+                raise Unshared("a reshape splits window axes unevenly")
+            if whole > size:
+                inner = whole // size
+                if len(cuts) > 1:
+                    value = _align_cuts(grid, value, factor, inner)
+                    cuts = value.factors[factor]
+                rest.insert(0, ((inner,), factor))
+                cuts = tuple(n // inner for n in cuts) if len(cuts) > 1 else (size,)
+            dim.append(cuts)
+            size //= sum(cuts)
+        dims.append(dim or [(1,)])
+    factors = [cuts for dim in dims for cuts in dim]
+    old = [i for i, cuts in enumerate(value.factors) if len(cuts) > 1]
+    new = [i for i, cuts in enumerate(factors) if len(cuts) > 1]
+    blocks = {}
+    for index in indices(factors):
+        own = [0] * len(value.factors)
+        for i, j in zip(old, new, strict=True):
+            own[i] = index[j]
+        blocks[index] = over_phases(reshape)(
+            grid, value.blocks[tuple(own)], block_shape(factors, index)
+        )
+    result = Pieces(tuple(map(tuple, dims)), blocks)
+    for dim, own in enumerate(result.dims):
+        if len(own) > 1 and len(own[0]) > 1 and all(len(cuts) == 1 for cuts in own[1:]):
+            result = _merge_factors(grid, result, dim)
+    return result
+
+
+def slice_rule(grid: Grid, eqn: JaxprEqn, value: Pieces) -> Pieces:
+    starts, limits = eqn.params["start_indices"], eqn.params["limit_indices"]
+    strides = eqn.params["strides"] or (1,) * len(starts)
+    for dim, (start, limit, stride) in enumerate(zip(starts, limits, strides, strict=True)):
+        value = take(grid, value, dim, start, limit, stride)
+    return value
+
+
+def take(
+    grid: Grid, value: Pieces, dim: int, start: int, limit: int, stride: int = 1
+) -> Pieces:
+    """A slice of a dimension."""
+    if (start, limit, stride) == (0, value.shape[dim], 1):
+        return value
+    factor = one_factor(value, dim)
+    slices = slices_of(value.factors[factor], start, limit, stride)
+    if not slices:
+        raise Unshared("leaves nothing of a dimension")
+    return select(grid, value, factor, [Region((piece,)) for piece in slices])
+
+
+def pad(grid: Grid, eqn: JaxprEqn, value: Pieces, fill: Pieces) -> Pieces:
+    """What is added is a segment of its own; what lies between elements repeats with them."""
+    config = eqn.params["padding_config"]
+    inside = [
+        pads if any(pads) and _is_plain(value, one_factor(value, dim)) else (0, 0, 0)
+        for dim, pads in enumerate(config)
+    ]
+    if any(map(any, inside)):
+        value = _pad_blocks(grid, eqn, value, fill, inside)
+        config = [(0, 0, 0) if any(own) else pads for pads, own in zip(config, inside, strict=True)]
+    for dim, (low, high, interior) in enumerate(config):
+        if interior and value.shape[dim] > 1:
+            value = _pad_between(grid, value, fill, dim, interior)
+        value = take(grid, value, dim, max(-low, 0), value.shape[dim] - max(-high, 0))
+        ends = [_filled(grid, value, fill, dim, size) for size in (max(low, 0), max(high, 0))]
+        parts = [part for part in (ends[0], value, ends[1]) if part]
+        value = concatenate_pieces(grid, parts, dim)
+    return value
+
+
+def concatenate(grid: Grid, eqn: JaxprEqn, *values: Pieces) -> Pieces:
+    dim = eqn.params["dimension"]
+    return concatenate_pieces(grid, [value for value in values if value.shape[dim]], dim)
+
+
+def split(grid: Grid, eqn: JaxprEqn, value: Pieces) -> list[Pieces]:
+    axis, start, parts = eqn.params["axis"], 0, []
+    for size in eqn.params["sizes"]:
+        parts.append(take(grid, value, axis, start, start + size))
+        start += size
+    return parts
+
+
+def rev(grid: Grid, eqn: JaxprEqn, value: Pieces) -> Pieces:
+    """Every window gets its own copy of what is reversed."""
+    for dim in eqn.params["dimensions"]:
+        factor = one_factor(value, dim)
+        last = len(value.factors[factor]) - 1
+        dims = list(value.dims)
+        dims[dim] = (value.factors[factor][::-1],)
+        blocks = {}
+        for index, block in value.blocks.items():
+            place = (*index[:factor], last - index[factor], *index[factor + 1 :])
+            own = spread(grid, block, factor)
+            blocks[place] = run(grid, lambda x, at=factor: lax.rev(x, (at,)), own)
+        value = Pieces(tuple(dims), blocks)
+    return value
+
+
+def along(parameter: str) -> Callable[..., list[Pieces]]:
+    """The rule for primitives along dimensions that a parameter names, which must not be cut."""
+
+    def rule(grid: Grid, eqn: JaxprEqn, *values: Pieces) -> list[Pieces]:
+        fitted = unify(grid, values)
+        first = fitted[0]
+        touched = {int(axis) for axis in np.atleast_1d(eqn.params[parameter])}
+        for dim in range(len(first.dims)):
+            if one_factor(first, dim) != dim or (dim in touched and not _is_plain(first, dim)):
+                raise Unshared("goes along the window")
+        blocks: list[dict[Index, Value]] = [{} for _ in eqn.outvars]
+        dims: list[tuple[tuple[Cuts, ...], ...]] = []
+        for shape in out_shapes(eqn):
+            kept = [i for i in range(len(first.dims)) if i not in touched]
+            if len(shape) == len(first.dims):
+                kept = list(range(len(shape)))
+            cuts = [((n,),) if i in touched else first.dims[i] for i, n in zip(kept, shape, strict=True)]
+            dims.append(tuple(cuts))
+        for index in first.blocks:
+            members = agree(grid, [p.blocks[index] for p in fitted])
+            for out, result in zip(blocks, rebind(grid, eqn, *members), strict=True):
+                kept = index if len(result.dims) == len(index) else tuple(
+                    i for dim, i in enumerate(index) if dim not in touched
+                )
+                out[kept] = result
+        return [Pieces(own, found) for own, found in zip(dims, blocks, strict=True)]
+
+    return rule
+
+
+def gather(grid: Grid, eqn: JaxprEqn, value: Pieces, places: Pieces) -> Pieces:
+    """Along dimensions that are not cut."""
+    numbers, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
+    if len(places.blocks) > 1:
+        raise Unshared("picks elements at places inside the window")
+    dropped = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
+    for dim, size in enumerate(value.shape):
+        whole = size == sizes[dim] and dim not in (*dropped, *numbers.start_index_map)
+        if one_factor(value, dim) != dim or not (whole or _is_plain(value, dim)):
+            raise Unshared("picks elements of the window")
+    kept = [dim for dim in range(len(sizes)) if dim not in dropped]
+    dims: list[tuple[Cuts, ...]] = [((size,),) for size in out_shapes(eqn)[0]]
+    for place, dim in zip(numbers.offset_dims, kept, strict=True):
+        if len(value.factors[dim]) > 1:
+            dims[place] = value.dims[dim]
+    (where,) = places.blocks.values()
+    blocks = {}
+    for index, block in value.blocks.items():
+        own = tuple(
+            n if len(cuts) > 1 else size
+            for cuts, n, size in zip(value.factors, block.shape, sizes, strict=True)
+        )
+        moved = [0] * len(dims)
+        for place, dim in zip(numbers.offset_dims, kept, strict=True):
+            moved[place] = index[dim]
+        (blocks[tuple(moved)],) = rebind(grid, eqn, block, where, slice_sizes=own)
+    return Pieces(tuple(dims), blocks)
+
+
+def _stretch_ones(value: Pieces, shape: tuple[int, ...]) -> Pieces:
+    """Makes dimensions of size 1 that go with larger ones uniform."""
+    for dim, size in enumerate(shape):
+        if value.shape[dim] == 1 < size:
+            factor = one_factor(value, dim)
+            dims = list(value.dims)
+            dims[dim] = ((size,),)
+            value = map_blocks(partial(_stretch, dim=factor, size=size), value)
+            value = value._replace(dims=tuple(dims))
+    return value
+
+
+def _stretch(value: Value, *, dim: int, size: int) -> Value:
+    if value.dims[dim]:
+        raise Unshared("values meet that lie differently in the window")
+    place = len(value.phases) + len(value.positions) + sum(map(len, value.dims[:dim]))
+    dims = list(value.dims)
+    dims[dim] = (Atom(size, uniform=True),)
+    return value._replace(array=jnp.expand_dims(value.array, place), dims=tuple(dims))
+
+
+def stack_and_merge(grid: Grid, values: Sequence[Pieces], dim: int) -> Pieces:
+    """Interleaves values along a dimension."""
+    fitted = unify(grid, values)
+    factor, count = one_factor(fitted[0], dim), len(fitted)
+    if count == 1:
+        return fitted[0]
+
+    def interleave(*arrays: Array) -> Array:
+        stacked = lax.concatenate([lax.expand_dims(x, (factor + 1,)) for x in arrays], factor + 1)
+        shape = arrays[0].shape
+        return lax.reshape(stacked, (*shape[:factor], shape[factor] * count, *shape[factor + 1 :]))
+
+    blocks = {
+        index: run(grid, interleave, *agree(grid, [p.blocks[index] for p in fitted]))
+        for index in fitted[0].blocks
+    }
+    dims = list(fitted[0].dims)
+    dims[dim] = (tuple(n * count for n in fitted[0].factors[factor]),)
+    return Pieces(tuple(dims), blocks)
+
+
+def concatenate_pieces(grid: Grid, values: Sequence[Pieces], dim: int) -> Pieces:
+    if len(values) == 1:
+        return values[0]
+    fitted = unify(grid, values, but=dim)
+    factor = one_factor(fitted[0], dim)
+    dims, blocks = list(fitted[0].dims), {}
+    if all(_is_plain(value, factor) for value in fitted):
+        for index in fitted[0].blocks:
+            blocks[index] = join(grid, [value.blocks[index] for value in fitted], factor)
+        dims[dim] = ((sum(value.shape[dim] for value in fitted),),)
+        return Pieces(tuple(dims), blocks)
+    offset = 0
+    for value in fitted:
+        for index, block in value.blocks.items():
+            blocks[(*index[:factor], index[factor] + offset, *index[factor + 1 :])] = block
+        offset += len(value.factors[factor])
+    dims[dim] = (tuple(n for value in fitted for n in value.factors[factor]),)
+    return Pieces(tuple(dims), blocks)
+
+
+def _pad_blocks(
+    grid: Grid, eqn: JaxprEqn, value: Pieces, fill: Pieces, config: Sequence[tuple[int, int, int]]
+) -> Pieces:
+    """Pads dimensions that are not cut."""
+    by_factor = [(0, 0, 0)] * len(value.factors)
+    dims = list(value.dims)
+    for dim, (low, high, interior) in enumerate(config):
+        if any((low, high, interior)):
+            size = value.shape[dim]
+            by_factor[one_factor(value, dim)] = (low, high, interior)
+            dims[dim] = ((low + size + max(size - 1, 0) * interior + high,),)
+    own = fill.blocks[()]
+    padded = map_blocks(
+        lambda block: rebind(grid, eqn, block, own, padding_config=tuple(by_factor))[0], value
+    )
+    return padded._replace(dims=tuple(dims))
+
+
+def _pad_between(grid: Grid, value: Pieces, fill: Pieces, dim: int, count: int) -> Pieces:
+    """Puts `count` elements behind each, and drops the last ones."""
+    factor, between = one_factor(value, dim), fill.blocks[()]
+
+    def widen(x: Array, between: Array) -> Array:
+        shape = (*x.shape[: factor + 1], count, *x.shape[factor + 1 :])
+        pairs = [lax.expand_dims(x, (factor + 1,)), lax.broadcast(between, shape)]
+        both = lax.concatenate(pairs, factor + 1)
+        wide = x.shape[factor] * (count + 1)
+        return lax.reshape(both, (*x.shape[:factor], wide, *x.shape[factor + 1 :]))
+
+    dims = list(value.dims)
+    dims[dim] = (tuple(n * (count + 1) for n in value.factors[factor]),)
+    wide = map_blocks(lambda block: run(grid, widen, block, between), value)
+    wide = wide._replace(dims=tuple(dims))
+    return take(grid, wide, dim, 0, wide.shape[dim] - count)
+
+
+def _filled(grid: Grid, value: Pieces, fill: Pieces, dim: int, size: int) -> Pieces | None:
+    if not size:
+        return None
+    shape = [size if i == dim else n for i, n in enumerate(value.shape)]
+    return in_pieces(run(grid, lambda x: lax.broadcast(x, shape), fill.blocks[()]))
+
+
+def _is_plain(value: Pieces, factor: int) -> bool:
+    return len(value.factors[factor]) == 1 and kind(value, factor, 0) != "shared"
+
+
+def _merge_factors(grid: Grid, value: Pieces, dim: int) -> Pieces:
+    """Makes one cut factor of a dimension whose other factors are plain, as repeating makes it."""
+    first, *rest = places_of(value)[dim]
+    if any(not _is_plain(value, factor) for factor in rest):
+        return value
+    times = prod(value.factors[factor][0] for factor in rest)
+    blocks = {}
+    for index, block in value.blocks.items():
+        shape = (*block.shape[:first], block.shape[first] * times, *block.shape[rest[-1] + 1 :])
+        merged = (*index[: first + 1], *index[rest[-1] + 1 :])
+        blocks[merged] = over_phases(reshape)(grid, block, shape)
+    dims = list(value.dims)
+    dims[dim] = (tuple(n * times for n in value.factors[first]),)
+    return Pieces(tuple(dims), blocks)
+
+
+def _runs(value: Pieces) -> list[tuple[Cuts, int]]:
+    """Factors that are cut, each with its place, and between them runs of others as one."""
+    runs: list[tuple[Cuts, int]] = []
+    joined = False
+    for factor, cuts in enumerate(value.factors):
+        if len(cuts) > 1:
+            runs.append((cuts, factor))
+        elif joined:
+            runs[-1] = ((runs[-1][0][0] * cuts[0],), -1)
+        else:
+            runs.append((cuts, -1))
+        joined = len(cuts) == 1
+    return [item for item in runs if sum(item[0]) > 1]
+
+
+def _align_cuts(grid: Grid, value: Pieces, factor: int, multiple: int) -> Pieces:
+    """Moves the ends of shared segments to multiples, inwards."""
+    cuts, regions, done = value.factors[factor], [], 0
+    for segment, (first, size) in enumerate(zip(starts(cuts), cuts, strict=True)):
+        start = -(-first // multiple) * multiple
+        stop = (first + size) // multiple * multiple
+        if start < stop and kind(value, factor, segment) != "plain":
+            if done < start:
+                regions.append(Region(slices_of(cuts, done, start), True))
+            regions.append(Region(slices_of(cuts, start, stop)))
+            done = stop
+    if done < sum(cuts):
+        regions.append(Region(slices_of(cuts, done, sum(cuts)), True))
+    return select(grid, value, factor, regions)
