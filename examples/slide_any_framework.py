@@ -1,8 +1,9 @@
 """Slide classifiers of Flax, Equinox and Haiku over a page of digits, with no change to them.
 
 In each framework a small network for windows of 8×8 pixels learns the digits that scikit-learn
-bundles. `fc.slide` then runs it at every pixel of a page, and computes once what windows share.
-The scores are those of the windows cut out. It needs the `peers` and `examples` extras; run it with
+bundles. Its convolutions pad with zeros, as Flax's and Haiku's do by default. `fc.slide` then runs
+it at every pixel of a page, and computes once what windows share. The scores are those of the
+windows cut out, each padded on its own. It needs the `peers` and `examples` extras; run it with
 `python examples/slide_any_framework.py`; `--help` explains the flags.
 """
 
@@ -55,8 +56,8 @@ def flax_model(key: jax.Array) -> tuple[Classify, Any]:
     class Classifier(nn.Module):
         @nn.compact
         def __call__(self, window: jax.Array) -> jax.Array:
-            x = nn.relu(nn.Conv(16, (3, 3), padding="VALID")(window[..., None]))
-            x = nn.relu(nn.Conv(32, (3, 3), padding="VALID")(x))
+            x = nn.relu(nn.Conv(8, (3, 3))(window[..., None]))
+            x = nn.relu(nn.Conv(16, (3, 3))(x))
             x = nn.max_pool(x, (2, 2), strides=(2, 2))
             return nn.Dense(11)(nn.relu(nn.Dense(64)(x.ravel())))
 
@@ -68,10 +69,10 @@ def equinox_model(key: jax.Array) -> tuple[Classify, Any]:
     """Makes the network in Equinox, channels first."""
     keys = jax.random.split(key, 3)
     layers = [
-        *(eqx.nn.Conv2d(1, 16, 3, key=keys[0]), eqx.nn.Lambda(jax.nn.relu)),
-        *(eqx.nn.Conv2d(16, 32, 3, key=keys[1]), eqx.nn.Lambda(jax.nn.relu)),
+        *(eqx.nn.Conv2d(1, 8, 3, padding="SAME", key=keys[0]), eqx.nn.Lambda(jax.nn.relu)),
+        *(eqx.nn.Conv2d(8, 16, 3, padding="SAME", key=keys[1]), eqx.nn.Lambda(jax.nn.relu)),
         *(eqx.nn.MaxPool2d(2, 2), eqx.nn.Lambda(jnp.ravel)),
-        eqx.nn.MLP(2 * 2 * 32, 11, 64, depth=1, key=keys[2]),
+        eqx.nn.MLP(4 * 4 * 16, 11, 64, depth=1, key=keys[2]),
     ]
     params, rest = eqx.partition(eqx.nn.Sequential(layers), eqx.is_array)
     return lambda params, window: eqx.combine(params, rest)(window[None]), params
@@ -81,8 +82,8 @@ def haiku_model(key: jax.Array) -> tuple[Classify, Any]:
     """Makes the network in Haiku, channels last."""
 
     def forward(window: jax.Array) -> jax.Array:
-        x = jax.nn.relu(hk.Conv2D(16, 3, padding="VALID")(window[..., None]))
-        x = jax.nn.relu(hk.Conv2D(32, 3, padding="VALID")(x))
+        x = jax.nn.relu(hk.Conv2D(8, 3)(window[..., None]))
+        x = jax.nn.relu(hk.Conv2D(16, 3)(x))
         x = hk.max_pool(x, (2, 2, 1), (2, 2, 1), "VALID")
         return hk.nets.MLP([64, 11])(x.ravel())
 

@@ -41,6 +41,22 @@ def open_jaxpr(jaxpr: AnyJaxpr) -> tuple[Jaxpr, list[ArrayLike]]:
     return getattr(jaxpr, "jaxpr", jaxpr), list(getattr(jaxpr, "consts", ()))  # type: ignore[arg-type]
 
 
+def padding_of(eqn: JaxprEqn) -> dict[int, tuple[int, int]]:
+    """The padding at the start and the end of the first operand's dimensions, where there is any."""
+    params = eqn.params
+    match eqn.primitive.name:
+        case "conv_general_dilated":
+            spatial = params["dimension_numbers"].lhs_spec[2:]
+            pairs = zip(spatial, params["padding"], strict=True)
+        case "pad":
+            pairs = enumerate((low, high) for low, high, _ in params["padding_config"])
+        case _ if "window_dimensions" in params:
+            pairs = enumerate(params["padding"])
+        case _:
+            return {}
+    return {dim: pair for dim, pair in pairs if max(pair) > 0}
+
+
 def contains(jaxpr: Jaxpr, name: str) -> bool:
     """Whether a primitive occurs, at any depth."""
     for eqn in jaxpr.eqns:

@@ -7,6 +7,7 @@ steps whose results are returned are run window by window.
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
+from math import ceil
 from typing import NamedTuple, cast
 
 import jax
@@ -16,7 +17,14 @@ from jax.extend.core import JaxprEqn, Literal, Var
 from fclayers.sliding.calls import CALL_RULES, called_jaxpr, has_shareable_derivative
 from fclayers.sliding.checks import check_operands, empty_results
 from fclayers.sliding.costs import count_operations, is_foldable, is_worth_sharing
-from fclayers.sliding.equations import AnyJaxpr, aval, open_jaxpr, out_shapes, source_line
+from fclayers.sliding.equations import (
+    AnyJaxpr,
+    aval,
+    open_jaxpr,
+    out_shapes,
+    padding_of,
+    source_line,
+)
 from fclayers.sliding.piece_rules import PIECE_RULES
 from fclayers.sliding.pieces import Pieces, as_value, describe_borders, in_pieces, varies_inside
 from fclayers.sliding.resample import repeats
@@ -56,7 +64,8 @@ class Step(NamedTuple):
 class Trace:
     """What a run has deferred, and what became of every equation.
 
-    One that is differentiated `keeps_backward_passes` of `jax.custom_vjp`, window by window.
+    One that is differentiated `keeps_backward_passes` of `jax.custom_vjp`, window by window. `reach`
+    is how many pixels beyond a window its padding reads from the image, along each window axis.
     """
 
     def __init__(self, grid: Grid, *, keeps_backward_passes: bool = False) -> None:
@@ -65,6 +74,13 @@ class Trace:
         self.deferred: list[DeferredStep] = []
         self.steps: list[Step] = []
         self.callers: tuple[JaxprEqn, ...] = ()
+        self.reach = [(0, 0)] * len(grid.window)
+
+    def inside(self) -> "Trace":
+        """For a function within the function."""
+        trace = Trace(self.grid, keeps_backward_passes=self.keeps_backward_passes)
+        trace.reach = self.reach
+        return trace
 
 
 def interpret(trace: Trace, jaxpr: AnyJaxpr, inputs: Sequence[Result]) -> list[Result]:
@@ -147,10 +163,21 @@ def _note(
     first = results[0] if results else None
     shapes = [first.array.shape] if isinstance(first, Value) else out_shapes(eqn)
     kind = _kind_of_step(inputs, results)
+    if trace.grid.pads_image and inputs and isinstance(inputs[0], Value):
+        _note_reach(trace, eqn, inputs[0])
     operations = count_operations(trace.grid, eqn, results)
     shape = shapes[0] if shapes else ()
     trace.steps.append(Step((eqn, *trace.callers), kind, shape, operations, reason))
     return results
+
+
+def _note_reach(trace: Trace, eqn: JaxprEqn, value: Value) -> None:
+    for dim, (low, high) in padding_of(eqn).items():
+        for atom in value.dims[dim]:
+            if atom.axis is not None:
+                before, after = trace.reach[atom.axis]
+                more = ceil(max(low, 0) * atom.pitch), ceil(max(high, 0) * atom.pitch)
+                trace.reach[atom.axis] = (before + more[0], after + more[1])
 
 
 def _kind_of_step(inputs: Sequence[Result], results: Sequence[Result]) -> str:
@@ -169,7 +196,7 @@ def _run_shared(trace: Trace, eqn: JaxprEqn, values: Sequence[Shared]) -> Sequen
     grid, name = trace.grid, eqn.primitive.name
 
     def run(jaxpr: AnyJaxpr, values: Sequence[Shared]) -> list[Shared]:
-        inside = Trace(grid, keeps_backward_passes=trace.keeps_backward_passes)
+        inside = trace.inside()
         outs = interpret(inside, jaxpr, values)
         if inside.deferred:
             raise Unshared(next(step.reason for step in inside.steps if step.reason))

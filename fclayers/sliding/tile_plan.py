@@ -14,28 +14,61 @@ _TILE_BYTES = 2**26
 
 
 class Tile(NamedTuple):
-    """The slices of the image that a tile reads, and the positions that it computes."""
+    """The slices of the image that a tile reads, the results to keep of it, and their positions."""
 
     pixels: tuple[slice, ...]
+    kept: tuple[slice, ...]
     positions: tuple[slice, ...]
 
 
-def plan_tiles(grid: Grid, axes: Sequence[int], ndim: int, tile_shape: Sequence[int]) -> list[Tile]:
-    """Tiles of one shape on an image of `ndim` axes; the last one along an axis is moved back."""
-    starts = [
-        [min(i, count - size) for i in range(0, count, size)]
-        for count, size in zip(grid.counts, tile_shape, strict=True)
+def plan_tiles(
+    grid: Grid,
+    axes: Sequence[int],
+    shape: Sequence[int],
+    tile_shape: Sequence[int],
+    reach: Sequence[tuple[int, int]],
+) -> list[Tile]:
+    """Tiles of one size on an image of this shape; the last one along an axis is moved back.
+
+    `reach` is how far windows see beyond themselves, in pixels, which tiles overlap by.
+    """
+    runs = [
+        _along(*geometry)
+        for geometry in zip(
+            grid.counts,
+            grid.stride,
+            grid.window,
+            (shape[axis] for axis in axes),
+            tile_shape,
+            reach,
+            strict=True,
+        )
     ]
     tiles = []
-    for corner in product(*starts):
-        pixels, positions = [slice(None)] * ndim, []
-        for axis, i, size, s, w in zip(
-            axes, corner, tile_shape, grid.stride, grid.window, strict=True
-        ):
-            pixels[axis] = slice(i * s, (i + size - 1) * s + w)
-            positions.append(slice(i, i + size))
-        tiles.append(Tile(tuple(pixels), tuple(positions)))
+    for parts in product(*runs):
+        pixels = [slice(None)] * len(shape)
+        for axis, part in zip(axes, parts, strict=True):
+            pixels[axis] = part[0]
+        tiles.append(Tile(tuple(pixels), *zip(*(part[1:] for part in parts), strict=True)))
     return tiles
+
+
+def _along(
+    count: int, stride: int, window: int, size: int, tile: int, reach: tuple[int, int]
+) -> list[tuple[slice, slice, slice]]:
+    """Pixels, results to keep and positions of the tiles along one axis."""
+    before, after = (-(-pixels // stride) for pixels in reach)
+    larger = min(tile + before + after, count)
+    # Padding comes behind the pixels that no window reaches.
+    rest = (size - window) % stride if any(reach) else 0
+    runs = []
+    for i in range(0, count, tile):
+        first = min(i, count - tile)
+        start = max(0, min(first - before, count - larger))
+        pixels = slice(start * stride, (start + larger - 1) * stride + window + rest)
+        kept = slice(first - start, first - start + tile)
+        runs.append((pixels, kept, slice(first, first + tile)))
+    return runs
 
 
 def choose_tile_shape(

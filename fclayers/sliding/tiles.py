@@ -14,9 +14,13 @@ from fclayers._util.errors import BadType, BadValue, public
 from fclayers._util.progress import progress_bar
 from fclayers._util.trees import abstract, path_name
 from fclayers.sliding.arguments import check_windows, place_windows
+from fclayers.sliding.interpret import Trace
 from fclayers.sliding.tile_plan import choose_tile_shape, plan_tiles
 from fclayers.sliding.tile_record import digest, read_record, write_record
-from fclayers.sliding.transform import slide
+from fclayers.sliding.transform import slide_and_trace
+
+
+Reach = list[tuple[int, int]]
 
 
 @runtime_checkable
@@ -33,21 +37,25 @@ def slide_tiles(
     *,
     stride: int | tuple[int, ...] = 1,
     axes: int | tuple[int, ...] | None = None,
+    edges: str = "window",
     tile_shape: tuple[int, ...] | None = None,
     resume: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Callable[..., None]:
     """Makes a function that evaluates `fun` at every window of an image larger than memory.
 
-    It runs `slide`, with window edges, on tiles of the image that overlap as the windows need it,
-    one tile in memory at a time. All tiles have one shape, so that the function is compiled once:
-    the last one along an axis is moved back into the image.
+    It runs `slide` on tiles of the image that overlap as the windows need it, one tile in memory at
+    a time. All tiles have one shape, so that the function is compiled once: the last one along an
+    axis is moved back into the image. The results are those of `slide` on the whole image, to the
+    last bit where XLA and this library compute products of both sizes in the same order, and up to
+    rounding where they choose another formulation for the larger one.
 
     Args:
         fun: A function `fun(*args, window)`, as `slide` takes it; `args` are pytrees of arrays.
         window_shape: As in `slide`.
         stride: As in `slide`.
         axes: As in `slide`.
+        edges: As in `slide`. With `"image"`, tiles overlap by as much as padding reaches, too.
         tile_shape: Positions per tile along each window axis. Default: so many that a tile of the
             image and its results together take at most 64 MiB; what `fun` computes in between
             comes on top.
@@ -83,45 +91,64 @@ def slide_tiles(
         >>> int((out == 255).sum())
         64
     """
-    window, strides = check_windows(window_shape, stride, "window")
+    window, strides = check_windows(window_shape, stride, edges)
     largest = None if tile_shape is None else _check_tile_shape(tile_shape, len(window))
     record = None if resume is None else Path(resume)
-    sliding = jax.jit(slide(fun, window, stride=strides, axes=axes))
+    traced = slide_and_trace(
+        fun, window, stride=strides, axes=axes, edges=edges, trace_one=edges == "image"
+    )
+    sliding = jax.jit(lambda *args: traced(*args)[0])
 
     def tiling(*args: PyTree) -> None:
         if len(args) < 2:
             raise BadType(f"expected (*args, image, out), got {len(args)} arguments")
         *rest, image, out = args
         check_array("the image", image)
-        grid, places = place_windows(image.shape, window, strides, axes, "window")
+        grid, places = place_windows(image.shape, window, strides, axes, edges)
         dtype = np.dtype(image.dtype).newbyteorder("=")
         one = abstract(_window_of(image.shape, places, window), dtype)
         results = jax.eval_shape(fun, *rest, one)
         targets = _check_out(out, results, grid.counts)
         tile = largest or choose_tile_shape(grid, one, jax.tree.leaves(results))
         tile = tuple(map(min, tile, grid.counts))
-        tiles, finished = plan_tiles(grid, places, len(image.shape), tile), 0
+        reach = [(0, 0)] * len(window)
+        if edges == "image":
+            reach = _reach_of(traced, *rest, abstract(image.shape, dtype))
+        tiles, finished = plan_tiles(grid, places, image.shape, tile, reach), 0
         if record is not None:
             run = {
                 "image": describe(image),
                 "out": str(list(map(describe, targets))),
                 "args": digest(rest),
-                "windows": f"{window} along axes {places}, {strides} pixels apart",
+                "windows": f"{window} along axes {places}, {strides} pixels apart, {edges} edges",
                 "tile": str(tile),
             }
             finished = read_record(record, run, len(tiles))
         rest = jax.device_put(rest)
         with progress_bar(len(tiles), unit="tile", initial=finished, show=progress) as bar:
-            for done, (pixels, positions) in enumerate(tiles[finished:], finished + 1):
+            for done, (pixels, kept, positions) in enumerate(tiles[finished:], finished + 1):
                 found = jax.device_get(sliding(*rest, np.asarray(image[pixels], dtype)))
                 for target, values in zip(targets, jax.tree.leaves(found), strict=True):
-                    target[positions] = values
+                    target[positions] = values[kept]
                 if record is not None:
                     _flush(targets)
                     write_record(record, run, done)
                 bar.update()
 
     return public(tiling, "slide_tiles")
+
+
+def _reach_of(traced: Callable[..., tuple[PyTree, Trace, object]], *args: PyTree) -> Reach:
+    """How far windows see beyond themselves, by tracing the function on the whole image."""
+    found: list[Trace] = []
+
+    def run(*args: PyTree) -> PyTree:
+        outs, trace, _ = traced(*args)
+        found[:] = [trace]
+        return outs
+
+    jax.eval_shape(run, *args)
+    return found[0].reach
 
 
 def _check_tile_shape(tile_shape: tuple[int, ...], ndim: int) -> tuple[int, ...]:

@@ -14,12 +14,12 @@ import pytest
 import torch
 from flax import nnx
 from jax import lax
+from windows import KEY, assert_close, naive, shaken
 
 import fclayers as fc
 
 WINDOW = (20, 20)
 OUTPUTS = 5
-KEY = jax.random.key(0, impl="unsafe_rbg")  # the generator that compiles fastest
 IMAGE = np.random.default_rng(0).standard_normal((26, 29, 3)).astype(np.float32)
 
 
@@ -30,35 +30,6 @@ class Case(NamedTuple):
     params: Any
     image: np.ndarray = IMAGE
     axes: tuple[int, int] = (0, 1)
-
-
-def naive(fun, window, *, stride=1, axes=(0, 1)):
-    """`fun` of every window, cut out one by one."""
-
-    def every_window(params, image):
-        rows, columns = (
-            range(0, image.shape[axis] - size + 1, stride)
-            for axis, size in zip(axes, window, strict=True)
-        )
-        at = [slice(None)] * image.ndim
-        windows = []
-        for row in rows:
-            for column in columns:
-                at[axes[0]] = slice(row, row + window[0])
-                at[axes[1]] = slice(column, column + window[1])
-                windows.append(image[tuple(at)])
-        stacked = np.stack(windows) if isinstance(image, np.ndarray) else jnp.stack(windows)
-        y = eqx.filter_jit(lambda params, x: jax.vmap(lambda x: fun(params, x))(x))(params, stacked)
-        return y.reshape(len(rows), len(columns), *y.shape[1:])
-
-    return every_window
-
-
-def assert_close(actual, expected, tolerance=1e-5):
-    """Equal up to rounding, relative to the largest magnitude."""
-    actual, expected = np.asarray(actual), np.asarray(expected)
-    assert actual.shape == expected.shape
-    assert np.abs(actual - expected).max() <= tolerance * np.abs(expected).max()
 
 
 def primitives(jaxpr):
@@ -80,12 +51,6 @@ def assert_shared(sliding, params, image):
     used = set(primitives(jax.make_jaxpr(lambda image: sliding(params, image))(image)))
     assert "conv_general_dilated" in used
     assert not used & {"scan", "while", "gather", "dynamic_slice"}
-
-
-def shaken(tree):
-    """Statistics, scales and biases as training leaves them: not all zeros and ones."""
-    rng = np.random.default_rng(0)
-    return jax.tree.map(lambda x: x + jnp.array(rng.uniform(0.1, 0.9, x.shape), x.dtype), tree)
 
 
 class Linen(nn.Module):
