@@ -42,7 +42,7 @@ def open_jaxpr(jaxpr: AnyJaxpr) -> tuple[Jaxpr, list[ArrayLike]]:
 
 
 def padding_of(eqn: JaxprEqn) -> dict[int, tuple[int, int]]:
-    """The padding at the start and the end of the first operand's dimensions, where there is any."""
+    """The padding at the start and the end of dimensions of the first operand, if there is any."""
     params = eqn.params
     pairs: Iterable[tuple[int, tuple[int, int]]]
     match eqn.primitive.name:

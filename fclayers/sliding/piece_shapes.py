@@ -145,19 +145,17 @@ def along(parameter: str) -> Callable[..., list[Pieces]]:
 
     def rule(grid: Grid, eqn: JaxprEqn, *values: Pieces) -> list[Pieces]:
         fitted = unify(grid, values)
-        old = fitted[0].dims
+        first, old = fitted[0], fitted[0].dims
         touched = {int(axis) for axis in np.atleast_1d(eqn.params[parameter])}
         for dim in range(len(old)):
-            if one_factor(fitted[0], dim) != dim or (
-                dim in touched and not is_plain(fitted[0], dim)
-            ):
+            if one_factor(first, dim) != dim or (dim in touched and not is_plain(first, dim)):
                 raise Unshared("goes along the window")
         outs = []
         for shape in out_shapes(eqn):
             kept = [i for i in range(len(old)) if len(shape) == len(old) or i not in touched]
             dims = [((n,),) if i in touched else old[i] for i, n in zip(kept, shape, strict=True)]
             outs.append((kept, dims, dict[Index, Value]()))
-        for index in fitted[0].blocks:
+        for index in first.blocks:
             members = agree(grid, [p.blocks[index] for p in fitted])
             for (kept, _, blocks), result in zip(outs, rebind(grid, eqn, *members), strict=True):
                 blocks[tuple(index[i] for i in kept)] = result

@@ -41,7 +41,7 @@ class Taps(NamedTuple):
 
 
 class Repeating(NamedTuple):
-    """Outputs `start` to `stop` repeat: `period` of them, then the same `shift` elements further."""
+    """Outputs `start` to `stop` repeat: `period` of them, then the same `shift` further on."""
 
     start: int
     stop: int
@@ -183,7 +183,8 @@ def _sum_of_slices(
         terms = [
             array.astype(dtype) * dtype.type(w) for array, w in zip(arrays, weights, strict=True)
         ]
-        return reduce(lax.add, terms)
+        total: Array = reduce(lax.add, terms)
+        return total
 
     blocks = {
         index: run(grid, add, *(value.blocks[index] for value in fitted))
