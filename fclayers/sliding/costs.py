@@ -29,7 +29,7 @@ _MAX_FOLDED = 2**16
 def is_worth_sharing(
     grid: Grid, run: Callable[[Sequence[Pieces]], list[Pieces]], operands: Sequence[Pieces]
 ) -> bool:
-    """Whether the results in pieces have far fewer elements than those of all windows."""
+    """Whether operands and results in pieces have far fewer elements than those of all windows."""
     varying = [
         block.array for p in operands for block in p.blocks.values() if not block.is_constant
     ]
@@ -49,21 +49,24 @@ def is_worth_sharing(
         return [[block.array for block in result.blocks.values()] for result in results]
 
     results: list[Pieces] = []
-    leaves = jax.tree.leaves(jax.eval_shape(arrays, varying))
-    elements = sum(prod(leaf.shape) for leaf in leaves)
-    windows = prod(grid.counts) * sum(prod(result.shape) for result in results)
-    size = sum(prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+    made = jax.tree.leaves(jax.eval_shape(arrays, varying))
+    elements = sum(prod(array.shape) for array in (*made, *arrays_of(operands)))
+    windows = prod(grid.counts) * sum(prod(p.shape) for p in (*results, *operands))
+    size = sum(prod(array.shape) * array.dtype.itemsize for array in made)
     return elements * _PIECES_ARE_SLOWER <= windows or size <= CHUNK_BYTES
 
 
-def count_operations(grid: Grid, eqn: JaxprEqn, results: Sequence[object]) -> float:
-    """Operations of a step on all windows; of results that are not shared, those of each window."""
-    windows = prod(grid.counts)
+def count_operations(
+    grid: Grid, eqn: JaxprEqn, results: Sequence[object]
+) -> tuple[float, float]:
+    """Operations of a step on all windows, as it is run, and window by window."""
+    one = _count_for_one(eqn)
     shared = [value for value in results if isinstance(value, (Value, Pieces))]
     size = sum(prod(shape) for shape in out_shapes(eqn))
+    windows = one * prod(grid.counts)
     if not shared or not size:
-        return _count_for_one(eqn) * windows
-    return _count_for_one(eqn) * sum(array.size for array in arrays_of(shared)) / size
+        return windows, windows
+    return one * sum(array.size for array in arrays_of(shared)) / size, windows
 
 
 def _count_for_one(eqn: JaxprEqn) -> float:

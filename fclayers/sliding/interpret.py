@@ -26,7 +26,7 @@ from fclayers.sliding.equations import (
     source_line,
 )
 from fclayers.sliding.piece_rules import PIECE_RULES
-from fclayers.sliding.pieces import Pieces, as_value, describe_borders, in_pieces, varies_inside
+from fclayers.sliding.pieces import Pieces, arrays_of, as_value, describe_borders, in_pieces, varies_inside
 from fclayers.sliding.resample import repeats
 from fclayers.sliding.run_rule import run_rule
 from fclayers.sliding.values import Grid, Unshared, Value, constant
@@ -58,6 +58,8 @@ class Step(NamedTuple):
     kind: str
     shape: tuple[int, ...]
     operations: float
+    operations_of_windows: float
+    bytes_in_pieces: int
     reason: str = ""
 
 
@@ -76,9 +78,9 @@ class Trace:
         self.callers: tuple[JaxprEqn, ...] = ()
         self.reach = [(0, 0)] * len(grid.window)
 
-    def inside(self) -> "Trace":
-        """For a function within the function."""
-        trace = Trace(self.grid, keeps_backward_passes=self.keeps_backward_passes)
+    def inside(self, grid: Grid | None = None) -> "Trace":
+        """For a function within the function, or the same one on fewer windows."""
+        trace = Trace(grid or self.grid, keeps_backward_passes=self.keeps_backward_passes)
         trace.reach = self.reach
         return trace
 
@@ -165,9 +167,11 @@ def _note(
     kind = _kind_of_step(inputs, results)
     if trace.grid.pads_image and inputs and isinstance(inputs[0], Value):
         _note_reach(trace, eqn, inputs[0])
-    operations = count_operations(trace.grid, eqn, results)
+    operations = (0, 0) if kind == "constant" else count_operations(trace.grid, eqn, results)
     shape = shapes[0] if shapes else ()
-    trace.steps.append(Step((eqn, *trace.callers), kind, shape, operations, reason))
+    in_pieces = arrays_of([value for value in results if isinstance(value, Pieces)])
+    size = sum(array.size * array.dtype.itemsize for array in in_pieces)
+    trace.steps.append(Step((eqn, *trace.callers), kind, shape, *operations, size, reason))
     return results
 
 

@@ -6,7 +6,6 @@ from math import prod
 from typing import NamedTuple
 
 import jax
-from jax.stages import Lowered
 from jaxtyping import Array, PyTree
 
 from fclayers._util.errors import public
@@ -45,8 +44,8 @@ class SlideReport(NamedTuple):
     Attributes:
         rows: What became of every line.
         positions: Number of windows along each window axis.
-        flops: Operations of the shared program, counted by XLA before its optimizations.
-        flops_windows: Operations of the function on every window, counted in the same way.
+        flops: Multiplications, additions and comparisons for all windows: the sum of the rows.
+        flops_windows: Those of the function on every window, counted in the same way.
         temporary_bytes: Peak memory of the compiled program, without arguments and results.
     """
 
@@ -127,27 +126,23 @@ def explain_slide(
 
     def explain(*args: PyTree) -> SlideReport:
         arrays, rebuild = _split_arrays(args)
-        seen: list[tuple[Trace, jax.ShapeDtypeStruct]] = []
+        seen: list[Trace] = []
 
         def run(arrays: Sequence[Array]) -> PyTree[Array]:
-            outs, trace, window = traced(*rebuild(arrays))
-            seen[:] = [(trace, window)]
+            outs, trace = traced(*rebuild(arrays))
+            seen[:] = [trace]
             return outs
 
         lowered = jax.jit(run).lower(arrays)
-        ((trace, window),) = seen
+        (trace,) = seen
         positions = trace.grid.counts
 
-        def run_window(arrays: Sequence[Array], window: Array) -> PyTree[Array]:
-            return fun(*rebuild(arrays)[:-1], window)
-
-        one_window = jax.jit(run_window).lower(arrays, window)
         memory = lowered.compile().memory_analysis()
         return SlideReport(
             tuple(_rows(trace.steps)),
             positions,
-            _flops(lowered),
-            _flops(one_window) * prod(positions),
+            sum(step.operations for step in trace.steps),
+            sum(step.operations_of_windows for step in trace.steps),
             memory.temp_size_in_bytes if memory else 0,
         )
 
@@ -177,7 +172,3 @@ def _rows(steps: Sequence[Step]) -> Iterator[Row]:
         names = dict.fromkeys(step.eqns[0].primitive.name for step in members)
         flops = sum(step.operations for step in members)
         yield Row(line, tuple(names), kind, members[-1].shape, flops, reason)
-
-
-def _flops(lowered: Lowered) -> float:
-    return float((lowered.cost_analysis() or {}).get("flops", 0.0))

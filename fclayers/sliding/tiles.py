@@ -138,12 +138,12 @@ def slide_tiles(
     return public(tiling, "slide_tiles")
 
 
-def _reach_of(traced: Callable[..., tuple[PyTree, Trace, object]], *args: PyTree) -> Reach:
+def _reach_of(traced: Callable[..., tuple[PyTree, Trace]], *args: PyTree) -> Reach:
     """How far windows see beyond themselves, by tracing the function on the whole image."""
     found: list[Trace] = []
 
     def run(*args: PyTree) -> PyTree:
-        outs, trace, _ = traced(*args)
+        outs, trace = traced(*args)
         found[:] = [trace]
         return outs
 

@@ -17,6 +17,7 @@ from fclayers.sliding.cutting import cut_windows
 from fclayers.sliding.deferred import run_deferred
 from fclayers.sliding.equations import contains
 from fclayers.sliding.interpret import Deferred, Trace, interpret
+from fclayers.sliding.strips import run_in_strips, strip_counts
 from fclayers.sliding.values import Atom, Value, make_value
 
 
@@ -88,14 +89,14 @@ def slide_and_trace(
     axes: int | tuple[int, ...] | None,
     edges: str,
     trace_one: bool,
-) -> Callable[..., tuple[PyTree[Array], Trace, jax.ShapeDtypeStruct]]:
-    """`slide`, which also returns what it did and the shape and dtype of a window.
+) -> Callable[..., tuple[PyTree[Array], Trace]]:
+    """`slide`, which also returns what it did.
 
     It does nothing to the function where there is one window only, unless `trace_one` is set.
     """
     window, strides = check_windows(window_shape, stride, edges)
 
-    def sliding(*args: PyTree) -> tuple[PyTree[Array], Trace, jax.ShapeDtypeStruct]:
+    def sliding(*args: PyTree) -> tuple[PyTree[Array], Trace]:
         image = check_image(args)
         grid, places = place_windows(image.shape, window, strides, axes, edges)
         trace = Trace(grid)
@@ -123,7 +124,7 @@ def slide_and_trace(
         if explicit:
             # The numbers of positions and of pixels are seldom both divisible by that of devices.
             run = jax.sharding.auto_axes(run, axes=explicit, out_sharding=PartitionSpec())  # type: ignore[no-untyped-call]
-        return run(*args), trace, one
+        return run(*args), trace
 
     return sliding
 
@@ -140,25 +141,44 @@ def _run_one(trace: Trace, jaxpr: ClosedJaxpr, window: Array) -> list[Array]:
 
 def _run_all(trace: Trace, jaxpr: ClosedJaxpr, image: Value) -> list[Array]:
     """The results by position."""
+    run = partial(_interpret_in_strips, jaxpr=jaxpr, image=image)
     if not contains(jaxpr.jaxpr, "custom_vjp_call"):
-        return _interpret(trace, jaxpr, image)
+        return run(trace, jaxpr.consts, image.array)
     traced = [isinstance(const, jax.core.Tracer) for const in jaxpr.consts]
 
-    def run(trace: Trace, consts: Sequence[Array], array: Array) -> list[Array]:
+    def run_with(trace: Trace, consts: Sequence[Array], array: Array) -> list[Array]:
         rest = iter(consts)
         known = [
             next(rest) if is_traced else const
             for const, is_traced in zip(jaxpr.consts, traced, strict=True)
         ]
-        return _interpret(trace, ClosedJaxpr(jaxpr.jaxpr, known), image._replace(array=array))
+        return run(trace, known, array)
 
     # A backward pass need not be linear, and would get the sum over windows if it were shared.
-    evaluate = jax.custom_vjp(partial(run, trace))
-    own = partial(run, Trace(trace.grid, keeps_backward_passes=True))
+    evaluate = jax.custom_vjp(partial(run_with, trace))
+    own = partial(run_with, Trace(trace.grid, keeps_backward_passes=True))
     evaluate.defvjp(partial(jax.vjp, own), lambda backward, cotangents: backward(cotangents))
     consts = [c for c, is_traced in zip(jaxpr.consts, traced, strict=True) if is_traced]
     results: list[Array] = evaluate(consts, image.array)
     return results
+
+
+def _interpret_in_strips(
+    trace: Trace, consts: Sequence[Array], array: Array, *, jaxpr: ClosedJaxpr, image: Value
+) -> list[Array]:
+    """Some positions at a time, if there are too many for the memory that they need."""
+    known = ClosedJaxpr(jaxpr.jaxpr, consts)
+
+    def run(trace: Trace, array: Array) -> list[Array]:
+        return _interpret(trace, known, image._replace(array=array))
+
+    counts = strip_counts(trace, jaxpr.jaxpr, run, image._replace(array=array))
+    if counts == trace.grid.counts:
+        return run(trace, array)
+    strip = trace.inside(trace.grid._replace(counts=counts))
+    return run_in_strips(
+        trace.grid, counts, partial(run, strip), image._replace(array=array)
+    )
 
 
 def _interpret(trace: Trace, jaxpr: ClosedJaxpr, image: Value) -> list[Array]:
