@@ -15,6 +15,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from itertools import takewhile
 from math import prod
 from typing import Any, NamedTuple
 
@@ -269,6 +270,12 @@ def sharing(case):
     return "shared in part" if len(kinds) > 1 else "window by window"
 
 
+def _kind(step):
+    """The operation without its parameters."""
+    first, *rest = step.name.split()
+    return " ".join([first, *takewhile(str.isalpha, rest)][:3])
+
+
 def main(count, first=0):
     """Runs seeds from the first one, and prints what they were."""
     from slide_operations import OPERATIONS
@@ -278,7 +285,7 @@ def main(count, first=0):
         case = draw_case(seed, OPERATIONS)
         if not count:
             print(case)
-        drawn.update(" ".join(step.name.split()[:2]) for step in case.steps)
+        drawn.update(map(_kind, case.steps))
         try:
             run_case(case, eager=count < 100 or seed % 10 == 0)
             if seed % 10 == 0:
@@ -286,8 +293,8 @@ def main(count, first=0):
         except Exception:
             failed.append(seed)
             print(f"FAILED seed {seed}\n{case}\n{traceback.format_exc()[-1500:]}", flush=True)
-        if seed % 50 == 49:
-            jax.clear_caches() if seed % 1000 == 999 else None
+        if seed % 200 == 199:
+            jax.clear_caches()  # which would fill the memory
             print(f"{seed + 1 - first} in {time.perf_counter() - start:.0f} s", flush=True)
     print(f"{len(failed)} of {count} failed: {failed}")
     print(f"of every tenth: {dict(shared)}")

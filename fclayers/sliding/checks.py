@@ -105,6 +105,12 @@ def check_results(grid: Grid, eqn: JaxprEqn, results: Sequence[Value]) -> list[V
     return checked
 
 
+def check_shapes(eqn: JaxprEqn, shapes: Sequence[tuple[int, ...]]) -> None:
+    """Of results that are not laid out as values are."""
+    if list(shapes) != out_shapes(eqn):
+        raise ValueError(f"expected results of shapes {out_shapes(eqn)}, got {list(shapes)}")
+
+
 def _is_laid_out(grid: Grid, value: Value) -> bool:
     axes = [*value.positions, *(atom.axis for atom in value.atoms if atom.axis is not None)]
     if len(set(axes)) < len(axes) or value.array.ndim != len(value.positions) + len(value.atoms):

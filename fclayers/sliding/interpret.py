@@ -15,7 +15,7 @@ import numpy as np
 from jax.extend.core import JaxprEqn, Literal, Var
 
 from fclayers.sliding.calls import CALL_RULES, called_jaxpr, has_shareable_derivative
-from fclayers.sliding.checks import check_operands, empty_results
+from fclayers.sliding.checks import check_operands, check_shapes, empty_results
 from fclayers.sliding.costs import count_operations, is_foldable, is_worth_sharing
 from fclayers.sliding.equations import (
     AnyJaxpr,
@@ -240,4 +240,6 @@ def _run_in_pieces(grid: Grid, eqn: JaxprEqn, values: Sequence[Shared]) -> Seque
     operands = [in_pieces(value) for value in values]
     if not is_worth_sharing(grid, run, operands):
         raise Unshared("has borders that meet inside the window")
-    return [as_value(result) for result in run(operands)]
+    results = run(operands)
+    check_shapes(eqn, [result.shape for result in results])
+    return [as_value(result) for result in results]
