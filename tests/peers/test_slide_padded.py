@@ -55,11 +55,8 @@ def test_a_padded_model_at_every_window(framework, name, options, strided):
     ("framework", "name", "window", "stride", "share"),
     [
         *((framework, "VGG", (48, 48), 1, 1) for framework in FRAMEWORKS),
-        ("Linen", "ResNet", (64, 64), 4, 0.5),
         ("Haiku", "U-Net", (32, 36), 4, 0.5),
-        ("Keras", "U-Net", (32, 36), 4, 0.5),
         ("NNX", "learned U-Net", (32, 36), 4, 0.5),
-        ("Equinox", "learned U-Net", (32, 36), 4, 0.5),
     ],
 )
 def test_windows_share_what_lies_between_their_borders(framework, name, window, stride, share):
