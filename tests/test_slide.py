@@ -251,7 +251,7 @@ def test_the_report_names_the_line_that_stops_sharing():
     report = fc.explain_slide(f, (8, 8))(CONV, jax.ShapeDtypeStruct((20, 30), jnp.float32))
     line = f.__code__.co_firstlineno + 2
     stop = next(row for row in report.rows if row.kind == "per window")
-    reason = "a value of a whole window meets values inside the window"
+    reason = "brings a value of a whole window to elements of the window"
     assert (stop.line, stop.reason) == (f"test_slide.py:{line}", reason)
     assert stop.operations == ("div",)
     bordered = next(row for row in report.rows if row.kind.startswith("bordered"))

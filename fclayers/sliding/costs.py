@@ -20,14 +20,12 @@ _MOVES = """
     broadcast_in_dim concatenate convert_element_type copy copy_p dynamic_slice gather iota pad
     reshape rev slice split squeeze stack stop_gradient transpose
 """
-# Larger constants are computed by the program.
-_MAX_FOLDED = 2**16
 
 
 def is_worth_sharing(
     grid: Grid, run: Callable[[Sequence[Pieces]], list[Pieces]], operands: Sequence[Pieces]
 ) -> bool:
-    """Whether operands and results in pieces have far fewer elements than those of all windows."""
+    """Whether results in pieces have far fewer elements than those of all windows."""
     varying = [
         block.array for p in operands for block in p.blocks.values() if not block.is_constant
     ]
@@ -48,13 +46,20 @@ def is_worth_sharing(
 
     results: list[Pieces] = []
     made = jax.tree.leaves(jax.eval_shape(arrays, varying))
-    elements = sum(prod(array.shape) for array in (*made, *arrays_of(operands)))
-    windows = prod(grid.counts) * sum(prod(p.shape) for p in (*results, *operands))
     size = sum(prod(array.shape) * array.dtype.itemsize for array in made)
-    return bool(elements * _PIECES_ARE_SLOWER <= windows or size <= CHUNK_BYTES)
+    if size <= CHUNK_BYTES:
+        return True
+    # A reduction works on its operands.
+    reads, writes = (sum(prod(p.shape) for p in values) for values in (operands, results))
+    touched = arrays_of(operands) if reads > 2 * writes else made
+    elements = sum(prod(array.shape) for array in touched)
+    windows = prod(grid.counts) * (reads if reads > 2 * writes else writes)
+    return bool(elements * _PIECES_ARE_SLOWER <= windows)
 
 
-def count_operations(grid: Grid, eqn: JaxprEqn, results: Sequence[object]) -> tuple[float, float]:
+def count_operations(
+    grid: Grid, eqn: JaxprEqn, inputs: Sequence[object], results: Sequence[object]
+) -> tuple[float, float]:
     """Operations of a step on all windows, as it is run, and window by window."""
     one = _count_for_one(eqn)
     shared = [value for value in results if isinstance(value, (Value, Pieces))]
@@ -62,7 +67,13 @@ def count_operations(grid: Grid, eqn: JaxprEqn, results: Sequence[object]) -> tu
     windows = one * prod(grid.counts)
     if not shared or not size:
         return windows, windows
-    return one * sum(array.size for array in arrays_of(shared)) / size, windows
+    computed = sum(array.size for array in arrays_of(shared))
+    if isinstance(inputs[0], Value) and eqn.primitive.name.startswith("reduce_"):
+        # Window axes are reduced one after the other.
+        atoms = [a for i in eqn.params.get("axes", ()) for a in inputs[0].dims[i]]
+        sizes = [atom.size for atom in atoms if atom.axis is not None]
+        one *= sum(sizes) / prod(sizes) if sizes else 1
+    return one * computed / size, windows
 
 
 def _count_for_one(eqn: JaxprEqn) -> float:
@@ -89,14 +100,3 @@ def _count_for_one(eqn: JaxprEqn) -> float:
         times = float(params.get("length", 1))
         return times * sum(_count_for_one(e) for jaxpr in jaxprs for e in jaxpr.eqns)
     return results * each
-
-
-def is_foldable(eqn: JaxprEqn, values: Sequence[Value]) -> bool:
-    """Whether an equation of constants can be run while the function is traced."""
-    small = all(value.array.size <= _MAX_FOLDED for value in values)
-    return (
-        small
-        and all(value.is_constant for value in values)
-        and not any(isinstance(value.array, jax.core.Tracer) for value in values)
-        and all(prod(shape) <= _MAX_FOLDED for shape in out_shapes(eqn))
-    )

@@ -1,6 +1,5 @@
 """What rules ask of an equation of a jaxpr."""
 
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import cast
@@ -11,7 +10,7 @@ from jaxtyping import Array, ArrayLike
 
 AnyJaxpr = Jaxpr | ClosedJaxpr
 
-_NOT_THE_USERS = (str(Path(str(jax.__file__)).parent), str(Path(__file__).parents[1]))
+_OWN_FOLDERS = (str(Path(str(jax.__file__)).parent), str(Path(__file__).parents[1]))
 
 
 def bind(eqn: JaxprEqn, *arrays: ArrayLike, **changed: object) -> list[Array]:
@@ -71,13 +70,11 @@ def contains(jaxpr: Jaxpr, name: str) -> bool:
 
 
 def source_line(eqns: Sequence[JaxprEqn]) -> str:
-    """The innermost line that is neither JAX's nor this library's."""
-    for eqn in eqns:
-        traceback = eqn.source_info.traceback
-        if traceback is None:
-            continue
-        for frame in traceback.frames:
-            folder, name = os.path.split(frame.file_name)
-            if not folder.startswith(_NOT_THE_USERS):
-                return f"{name}:{frame.line_num}"
+    """The innermost line outside JAX and this library, or else the innermost outside JAX."""
+    tracebacks = [eqn.source_info.traceback for eqn in eqns]
+    frames = [frame for traceback in tracebacks if traceback for frame in traceback.frames]
+    for own in (_OWN_FOLDERS, _OWN_FOLDERS[:1]):
+        for frame in frames:
+            if not frame.file_name.startswith(own):
+                return f"{Path(frame.file_name).name}:{frame.line_num}"
     return "?"

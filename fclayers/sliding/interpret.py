@@ -6,17 +6,15 @@ steps whose results are returned are run window by window.
 
 import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext
 from math import ceil
 from typing import NamedTuple, cast
 
-import jax
 import numpy as np
 from jax.extend.core import JaxprEqn, Literal, Var
 
 from fclayers.sliding.calls import CALL_RULES, called_jaxpr, has_shareable_derivative
 from fclayers.sliding.checks import check_operands, check_shapes, empty_results
-from fclayers.sliding.costs import count_operations, is_foldable, is_worth_sharing
+from fclayers.sliding.costs import count_operations, is_worth_sharing
 from fclayers.sliding.equations import (
     AnyJaxpr,
     aval,
@@ -170,10 +168,12 @@ def _note(
 ) -> Sequence[Result]:
     first = results[0] if results else None
     shapes = [first.array.shape] if isinstance(first, Value) else out_shapes(eqn)
-    kind = _kind_of_step(inputs, results)
+    kind = _kind_of_step(eqn, inputs, results)
     if trace.grid.pads_image and inputs and isinstance(inputs[0], Value):
         _note_reach(trace, eqn, inputs[0])
-    ours, windows = (0.0, 0.0) if kind == "constant" else count_operations(trace.grid, eqn, results)
+    ours, windows = (
+        (0.0, 0.0) if kind == "constant" else count_operations(trace.grid, eqn, inputs, results)
+    )
     arrays = arrays_of([value for value in results if isinstance(value, Pieces)])
     size = sum(array.size * array.dtype.itemsize for array in arrays)
     shape = shapes[0] if shapes else ()
@@ -190,7 +190,7 @@ def _note_reach(trace: Trace, eqn: JaxprEqn, value: Value) -> None:
                 trace.reach[atom.axis] = (before + more[0], after + more[1])
 
 
-def _kind_of_step(inputs: Sequence[Result], results: Sequence[Result]) -> str:
+def _kind_of_step(eqn: JaxprEqn, inputs: Sequence[Result], results: Sequence[Result]) -> str:
     """In the words of the report."""
     for result in results:
         if isinstance(result, Deferred):
@@ -199,7 +199,10 @@ def _kind_of_step(inputs: Sequence[Result], results: Sequence[Result]) -> str:
             return describe_borders(result)
     if all(isinstance(value, Value) and value.is_constant for value in inputs):
         return "constant"
-    return "shared" if any(map(varies_inside, inputs)) else "per position"
+    contracts = eqn.primitive.name.startswith(("reduce_", "arg", "dot_general"))
+    if any(map(varies_inside, results)) or (contracts and any(map(varies_inside, inputs))):
+        return "shared"
+    return "per position"
 
 
 def _run_shared(trace: Trace, eqn: JaxprEqn, values: Sequence[Shared]) -> Sequence[Shared]:
@@ -219,12 +222,13 @@ def _run_shared(trace: Trace, eqn: JaxprEqn, values: Sequence[Shared]) -> Sequen
     if len(whole) < len(values) or repeats(eqn, values):
         return _run_in_pieces(grid, eqn, values)
     try:
-        with jax.ensure_compile_time_eval() if is_foldable(eqn, whole) else nullcontext():
-            return cast("list[Shared]", run_rule(grid, eqn, *whole))
-    except Unshared:
-        if name not in PIECE_RULES:
-            raise
-    return _run_in_pieces(grid, eqn, values)
+        return cast("list[Shared]", run_rule(grid, eqn, *whole))
+    except Unshared as unshared:
+        reason = unshared
+    try:
+        return _run_in_pieces(grid, eqn, values)
+    except Unshared as borders:
+        raise (borders if padding_of(eqn) else reason) from None
 
 
 def _run_in_pieces(grid: Grid, eqn: JaxprEqn, values: Sequence[Shared]) -> Sequence[Shared]:

@@ -37,11 +37,11 @@ def reshape(grid: Grid, value: Value, shape: Sequence[int]) -> Value:
             atom = rest.pop(0)
             if atom.size > size:
                 if atom.size % size:
-                    raise Unshared("a reshape splits window axes unevenly")
+                    raise Unshared("splits window axes unevenly")
                 array, atom, inner = _split(grid, array, axis, atom, size)
                 rest.insert(0, inner)
             elif size % atom.size:
-                raise Unshared("a reshape splits window axes unevenly")
+                raise Unshared("splits window axes unevenly")
             dim.append(atom)
             size //= atom.size
             axis += 1
@@ -201,7 +201,7 @@ def _fit(value: Value, targets: Sequence[tuple[Atom, ...]]) -> Value:
             shape += lengths
             fitted += lengths
         elif any(atom.axis is not None for atom, _ in section):
-            raise Unshared("window axes are merged with others in two different ways")
+            raise Unshared("takes window axes merged with others in two different ways")
         else:
             atoms = tuple(Atom(size) for size in sizes)
             shape += [atom.size for atom, _ in section]
@@ -229,7 +229,7 @@ def _stretch(value: Value, atoms: Sequence[Atom], lengths: Sequence[int]) -> Val
 
 def _why_different(value: Value, atom: Atom) -> str:
     if value.is_constant:
-        return "a constant varies across the window"
+        return "takes a constant that varies across the window"
     if atom.axis is None:
-        return "a value of a whole window meets values inside the window"
-    return "values meet that lie differently in the window"
+        return "brings a value of a whole window to elements of the window"
+    return "brings together values that lie differently in the window"

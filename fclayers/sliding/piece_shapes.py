@@ -27,7 +27,7 @@ from fclayers.sliding.pieces import (
     starts,
 )
 from fclayers.sliding.regions import Region, agree, rebind, run, select, slices_of, spread, unify
-from fclayers.sliding.values import Atom, Grid, Unshared, Value
+from fclayers.sliding.values import Atom, Grid, Unshared, Value, while_tracing
 
 
 def elementwise(grid: Grid, eqn: JaxprEqn, *operands: Pieces) -> Pieces:
@@ -61,7 +61,7 @@ def broadcast_in_dim(grid: Grid, eqn: JaxprEqn, value: Pieces) -> Pieces:
         if prod(map(sum, dim)) == shape[place]:
             dims[place] = dim
         elif len(dim) > 1:
-            raise Unshared("window axes are merged with others")
+            raise Unshared("takes window axes merged with others")
     result = Pieces(tuple(dims), {})
     places = places_of(result)
     axes = [axis for place in where for axis in places[place]]
@@ -87,7 +87,7 @@ def reshape_rule(grid: Grid, eqn: JaxprEqn, value: Pieces) -> Pieces:
             cuts, factor = rest.pop(0)
             whole = sum(cuts)
             if max(whole, size) % min(whole, size):
-                raise Unshared("a reshape splits window axes unevenly")
+                raise Unshared("splits window axes unevenly")
             if whole > size:
                 inner = whole // size
                 if len(cuts) > 1:
@@ -207,11 +207,13 @@ def _stretch_ones(value: Pieces, shape: tuple[int, ...]) -> Pieces:
 
 def _stretch(value: Value, *, dim: int, size: int) -> Value:
     if value.dims[dim]:
-        raise Unshared("values meet that lie differently in the window")
+        raise Unshared("brings together values that lie differently in the window")
     place = len(value.phases) + len(value.positions) + sum(map(len, value.dims[:dim]))
     dims = list(value.dims)
     dims[dim] = (Atom(size, uniform=True),)
-    return value._replace(array=jnp.expand_dims(value.array, place), dims=tuple(dims))
+    with while_tracing(value.array):
+        array = jnp.expand_dims(value.array, place)
+    return value._replace(array=array, dims=tuple(dims))
 
 
 def _merge_factors(grid: Grid, value: Pieces, dim: int) -> Pieces:

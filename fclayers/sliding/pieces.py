@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from fclayers.sliding.values import Unshared, Value, dense
+from fclayers.sliding.values import Unshared, Value, dense, while_tracing
 
 Cuts = tuple[int, ...]
 Index = tuple[int, ...]
@@ -93,21 +93,22 @@ def describe_borders(pieces: Pieces) -> str:
             start = sum(cuts[: shared[0]]) if shared else sum(cuts)
             end = sum(cuts[shared[-1] + 1 :]) if shared else 0
             found.append(f"start {start}, end {end}")
-    return f"bordered ({'; '.join(dict.fromkeys(found))})"
+    borders = dict.fromkeys(text for text in found if text != "start 0, end 0")
+    return f"bordered ({'; '.join(borders)})" if borders else "shared"
 
 
 def concrete(value: Value) -> np.ndarray | None:
     """A constant whose numbers are known while the function is traced."""
     if not value.is_constant or isinstance(value.array, jax.core.Tracer):
         return None
-    with jax.ensure_compile_time_eval():
+    with while_tracing():
         return np.asarray(dense(value).array).reshape(value.shape)
 
 
 def one_factor(pieces: Pieces, dim: int) -> int:
     """The factor of a dimension that has only one."""
     if len(pieces.dims[dim]) != 1:
-        raise Unshared("window axes are merged with others")
+        raise Unshared("takes window axes merged with others")
     return sum(map(len, pieces.dims[:dim]))
 
 

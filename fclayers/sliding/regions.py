@@ -26,7 +26,16 @@ from fclayers.sliding.pieces import (
     starts,
 )
 from fclayers.sliding.run_rule import run_rule
-from fclayers.sliding.values import Atom, Grid, Unshared, Value, axis_of, constant, step
+from fclayers.sliding.values import (
+    Atom,
+    Grid,
+    Unshared,
+    Value,
+    axis_of,
+    constant,
+    step,
+    while_tracing,
+)
 
 
 class Slice(NamedTuple):
@@ -148,7 +157,7 @@ def with_factors(grid: Grid, pieces: Pieces, dims: Sequence[Sequence[int]]) -> P
     if [list(map(sum, dim)) for dim in pieces.dims] == [list(dim) for dim in dims]:
         return pieces
     if len(pieces.blocks) > 1:
-        raise Unshared("window axes are merged with others in two different ways")
+        raise Unshared("takes window axes merged with others in two different ways")
     (value,) = pieces.blocks.values()
     sizes = [size for dim in dims for size in dim]
     return Pieces(
@@ -238,7 +247,7 @@ def _common_regions(values: Sequence[Pieces], factor: int) -> list[tuple[Region,
 def _spread_atom(grid: Grid, value: Value, dim: int, atom: Atom) -> Value:
     axis = axis_of(atom)
     if axis in value.positions or [a.axis for a in value.atoms].count(axis) > 1:
-        raise Unshared("a value of a whole window meets values inside the window")
+        raise Unshared("brings a value of a whole window to elements of the window")
     before = [a for d in value.dims[:dim] for a in d]
     inside = value.dims[dim].index(atom)
     place = len(value.positions) + len(before) + inside
@@ -283,8 +292,9 @@ def _uniform(value: Value, dim: int) -> Value:
     """A constant that is the same along a dimension, once."""
     first = sum(map(len, value.dims[:dim]))
     array = value.array
-    for axis in range(first, first + len(value.dims[dim])):
-        array = lax.slice_in_dim(array, 0, 1, axis=axis)
+    with while_tracing(array):
+        for axis in range(first, first + len(value.dims[dim])):
+            array = lax.slice_in_dim(array, 0, 1, axis=axis)
     dims = list(value.dims)
     dims[dim] = tuple(atom._replace(uniform=True) for atom in dims[dim])
     return Value(array, tuple(dims))

@@ -1,19 +1,43 @@
 """Runs an equation on values, by its rule or mapped over positions."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
+from math import prod
 
 from jax.extend.core import JaxprEqn
 
 from fclayers.sliding.checks import check_operands, check_results
-from fclayers.sliding.equations import bind
+from fclayers.sliding.equations import bind, out_shapes
 from fclayers.sliding.layout import fuse, position_single_elements
 from fclayers.sliding.phases import over_phases
 from fclayers.sliding.rules import RULES
-from fclayers.sliding.values import Atom, Grid, Unshared, Value, make_value, over_positions, whole
+from fclayers.sliding.values import (
+    Atom,
+    Grid,
+    Unshared,
+    Value,
+    make_value,
+    over_positions,
+    while_tracing,
+    whole,
+)
+
+# Larger constants are computed by the program.
+_MAX_FOLDED = 2**16
 
 
 @over_phases
 def run_rule(grid: Grid, eqn: JaxprEqn, *values: Value) -> list[Value]:
+    """Runs an equation on values; small constants are computed while the function is traced."""
+    with (
+        while_tracing(*(value.array for value in values))
+        if _is_small(eqn, values)
+        else nullcontext()
+    ):
+        return _run_rule(grid, eqn, values)
+
+
+def _run_rule(grid: Grid, eqn: JaxprEqn, values: Sequence[Value]) -> list[Value]:
     if not any(atom.axis is not None for value in values for atom in value.atoms):
         return _run_without_windows(grid, eqn, values)
     if eqn.primitive.name not in RULES:
@@ -33,6 +57,12 @@ def _apply(grid: Grid, eqn: JaxprEqn, values: Sequence[Value]) -> list[Value]:
     check_operands(eqn, [value.shape for value in values])
     results = RULES[eqn.primitive.name](grid, eqn, *values)
     return check_results(grid, eqn, [results] if isinstance(results, Value) else results)
+
+
+def _is_small(eqn: JaxprEqn, values: Sequence[Value]) -> bool:
+    """Whether operands and results are small constants."""
+    sizes = [*(value.array.size for value in values), *map(prod, out_shapes(eqn))]
+    return all(value.is_constant for value in values) and max(sizes) <= _MAX_FOLDED
 
 
 def _run_without_windows(grid: Grid, eqn: JaxprEqn, values: Sequence[Value]) -> list[Value]:

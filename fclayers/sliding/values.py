@@ -17,7 +17,7 @@ front of everything else (see `phases.py`).
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from fractions import Fraction
 from math import gcd, prod
 from typing import NamedTuple, TypeVar
@@ -87,10 +87,16 @@ class Value(NamedTuple):
 
 def constant(array: ArrayLike) -> Value:
     """The same for all windows; what is concrete stays so while the function is traced."""
-    traced = isinstance(array, jax.core.Tracer)
-    with nullcontext() if traced else jax.ensure_compile_time_eval():
+    with while_tracing(array):
         array = jnp.asarray(array)
         return make_value(array, [Atom(size) for size in array.shape])
+
+
+def while_tracing(*arrays: ArrayLike) -> AbstractContextManager[None]:
+    """Where operations on concrete arrays give concrete arrays, inside of `jax.jit` as well."""
+    if any(isinstance(array, jax.core.Tracer) for array in arrays):
+        return nullcontext()
+    return jax.ensure_compile_time_eval()
 
 
 def axis_of(atom: Atom) -> int:
@@ -134,7 +140,7 @@ def per_dim(value: Value) -> tuple[Value, list[Atom]]:
             shape.append(length)
             merged.append(length)
         elif any(atom.axis is not None for atom, _ in section):
-            raise Unshared("window axes are merged with others")
+            raise Unshared("takes window axes merged with others")
         else:
             atom = Atom(prod(atom.size for atom, _ in section))
             shape += [atom.size for atom, _ in section]
@@ -167,7 +173,7 @@ def over_positions(
     """Maps a function of the arrays over the position axes; returns its result and the axes."""
     positions = tuple(sorted({axis for value in values for axis in value.positions}))
     if any(atom.axis in positions for value in values for atom in value.atoms):
-        raise Unshared("a value of a whole window meets values inside the window")
+        raise Unshared("brings a value of a whole window to elements of the window")
     for axis in reversed(positions):
         in_axes = tuple(0 if axis in value.positions else None for value in values)
         function = jax.vmap(function, in_axes=in_axes)
