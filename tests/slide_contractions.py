@@ -278,6 +278,6 @@ def shift(d, x):
 
 
 CONTRACTIONS = (
-    *(reduce, reduce, arg_reduce, sort, cumulate, product, product, conv, conv, pool, pool),
+    *(reduce, arg_reduce, sort, cumulate, product, product, conv, conv, pool, pool),
     *(fourier, shift, *CONTROL),
 )
