@@ -244,19 +244,23 @@ def test_image_edges_pad_the_image():
 
 def test_the_report_names_the_line_that_stops_sharing():
     def f(conv, window):
-        x = fc.apply_conv(conv, window[..., None])
-        x = fc.apply_conv(conv, x[..., :1], padding=1)
+        x = fc.apply_conv(conv, window[..., None], padding=((1, 0), (0, 2)))
+        x = x / (1 + jnp.abs(x).mean())
         return x.mean()
 
     report = fc.explain_slide(f, (8, 8))(CONV, jax.ShapeDtypeStruct((20, 30), jnp.float32))
     line = f.__code__.co_firstlineno + 2
     stop = next(row for row in report.rows if row.kind == "per window")
-    assert (stop.line, stop.reason) == (f"test_slide.py:{line}", "pads inside the window")
-    assert "conv_general_dilated" in stop.operations
+    reason = "a value of a whole window meets values inside the window"
+    assert (stop.line, stop.reason) == (f"test_slide.py:{line}", reason)
+    assert stop.operations == ("div",)
+    bordered = next(row for row in report.rows if row.kind.startswith("bordered"))
+    assert bordered.kind == "bordered (start 1, end 0; start 0, end 2)"
+    assert "conv_general_dilated" in bordered.operations
     assert report.positions == (13, 23)
     assert not report.is_shared
     text = str(report)
-    assert f"shared up to test_slide.py:{line}, which pads inside the window" in text
+    assert f"shared up to test_slide.py:{line}, which {reason}" in text
     assert "13 × 23 = 299" in text
     assert repr(report) == text
 

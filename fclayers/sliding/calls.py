@@ -14,7 +14,7 @@ from jaxtyping import Array
 
 from fclayers.sliding.equations import AnyJaxpr, aval, open_jaxpr
 from fclayers.sliding.pieces import Pieces, arrays_of, layout, with_arrays
-from fclayers.sliding.pieces import run as run_lax
+from fclayers.sliding.regions import run as run_lax
 from fclayers.sliding.values import Grid, Unshared, Value, constant
 
 Shared = Value | Pieces

@@ -16,12 +16,10 @@ CHUNK_BYTES = 2**26
 # Elements in pieces take more time than those of windows in batches.
 _PIECES_ARE_SLOWER = 2
 # Primitives that compute nothing.
-_MOVES = frozenset(
-    """
+_MOVES = """
     broadcast_in_dim concatenate convert_element_type copy copy_p dynamic_slice gather iota pad
     reshape rev slice split squeeze stack stop_gradient transpose
-    """.split()
-)
+"""
 # Larger constants are computed by the program.
 _MAX_FOLDED = 2**16
 
@@ -53,12 +51,10 @@ def is_worth_sharing(
     elements = sum(prod(array.shape) for array in (*made, *arrays_of(operands)))
     windows = prod(grid.counts) * sum(prod(p.shape) for p in (*results, *operands))
     size = sum(prod(array.shape) * array.dtype.itemsize for array in made)
-    return elements * _PIECES_ARE_SLOWER <= windows or size <= CHUNK_BYTES
+    return bool(elements * _PIECES_ARE_SLOWER <= windows or size <= CHUNK_BYTES)
 
 
-def count_operations(
-    grid: Grid, eqn: JaxprEqn, results: Sequence[object]
-) -> tuple[float, float]:
+def count_operations(grid: Grid, eqn: JaxprEqn, results: Sequence[object]) -> tuple[float, float]:
     """Operations of a step on all windows, as it is run, and window by window."""
     one = _count_for_one(eqn)
     shared = [value for value in results if isinstance(value, (Value, Pieces))]
@@ -72,25 +68,27 @@ def count_operations(
 def _count_for_one(eqn: JaxprEqn) -> float:
     """Multiplications, additions and the like of an equation; none for moving elements."""
     name, params = eqn.primitive.name, eqn.params
-    size = sum(prod(shape) for shape in out_shapes(eqn))
+    results = float(sum(prod(shape) for shape in out_shapes(eqn)))
     inner = [getattr(p, "jaxpr", p) for p in params.values()]
     jaxprs = [jaxpr for jaxpr in inner if isinstance(jaxpr, Jaxpr)]
-    if name in _MOVES:
-        return 0
-    if name == "dot_general":
+    each = 1.0
+    if name in _MOVES.split():
+        each = 0
+    elif name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
-        return 2 * size * prod(aval(eqn.invars[0]).shape[i] for i in contracted)
-    if name == "conv_general_dilated":
+        each = 2 * prod(aval(eqn.invars[0]).shape[i] for i in contracted)
+    elif name == "conv_general_dilated":
         kernel, (_, inputs, *spatial) = aval(eqn.invars[1]).shape, params["dimension_numbers"][1]
         taps = prod(kernel[i] for i in spatial) / prod(params["lhs_dilation"])
-        return 2 * size * taps * kernel[inputs]
-    if "window_dimensions" in params:
-        return size * prod(params["window_dimensions"])
-    if name.startswith(("reduce_", "arg")):
-        return prod(aval(eqn.invars[0]).shape)
-    if jaxprs:
-        return params.get("length", 1) * sum(_count_for_one(e) for j in jaxprs for e in j.eqns)
-    return size
+        each = 2 * taps * kernel[inputs]
+    elif "window_dimensions" in params:
+        each = prod(params["window_dimensions"])
+    elif name.startswith(("reduce_", "arg")):
+        return float(prod(aval(eqn.invars[0]).shape))
+    elif jaxprs:
+        times = float(params.get("length", 1))
+        return times * sum(_count_for_one(e) for jaxpr in jaxprs for e in jaxpr.eqns)
+    return results * each
 
 
 def is_foldable(eqn: JaxprEqn, values: Sequence[Value]) -> bool:

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from fclayers.sliding.costs import CHUNK_BYTES
 from fclayers.sliding.cutting import cut_window
 from fclayers.sliding.equations import aval, bind
-from fclayers.sliding.costs import CHUNK_BYTES
 from fclayers.sliding.interpret import Deferred, Result, Trace
+
 
 def run_deferred(trace: Trace, outs: Sequence[Result]) -> dict[int, Array]:
     """The deferred ones of a function's results, by their `id`, positions in front."""

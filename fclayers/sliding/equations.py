@@ -1,7 +1,7 @@
 """What rules ask of an equation of a jaxpr."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -42,8 +42,9 @@ def open_jaxpr(jaxpr: AnyJaxpr) -> tuple[Jaxpr, list[ArrayLike]]:
 
 
 def padding_of(eqn: JaxprEqn) -> dict[int, tuple[int, int]]:
-    """The padding at the start and the end of the first operand's dimensions, where there is any."""
+    """The padding at the start and the end of dimensions of the first operand, if there is any."""
     params = eqn.params
+    pairs: Iterable[tuple[int, tuple[int, int]]]
     match eqn.primitive.name:
         case "conv_general_dilated":
             spatial = params["dimension_numbers"].lhs_spec[2:]

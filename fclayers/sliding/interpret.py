@@ -26,7 +26,14 @@ from fclayers.sliding.equations import (
     source_line,
 )
 from fclayers.sliding.piece_rules import PIECE_RULES
-from fclayers.sliding.pieces import Pieces, arrays_of, as_value, describe_borders, in_pieces, varies_inside
+from fclayers.sliding.pieces import (
+    Pieces,
+    arrays_of,
+    as_value,
+    describe_borders,
+    in_pieces,
+    varies_inside,
+)
 from fclayers.sliding.resample import repeats
 from fclayers.sliding.run_rule import run_rule
 from fclayers.sliding.values import Grid, Unshared, Value, constant
@@ -66,8 +73,8 @@ class Step(NamedTuple):
 class Trace:
     """What a run has deferred, and what became of every equation.
 
-    One that is differentiated `keeps_backward_passes` of `jax.custom_vjp`, window by window. `reach`
-    is how many pixels beyond a window its padding reads from the image, along each window axis.
+    One that is differentiated `keeps_backward_passes` of `jax.custom_vjp`, window by window.
+    `reach` is how many pixels beyond a window its padding reads, along each window axis.
     """
 
     def __init__(self, grid: Grid, *, keeps_backward_passes: bool = False) -> None:
@@ -104,7 +111,6 @@ def interpret(trace: Trace, jaxpr: AnyJaxpr, inputs: Sequence[Result]) -> list[R
 
 
 def _run(trace: Trace, eqn: JaxprEqn, inputs: list[Result]) -> Sequence[Result]:
-    name = eqn.primitive.name
     called, first = called_jaxpr(eqn)
     if called is not None:
         return _run_call(trace, eqn, called, inputs[first:])
@@ -167,11 +173,11 @@ def _note(
     kind = _kind_of_step(inputs, results)
     if trace.grid.pads_image and inputs and isinstance(inputs[0], Value):
         _note_reach(trace, eqn, inputs[0])
-    operations = (0, 0) if kind == "constant" else count_operations(trace.grid, eqn, results)
+    ours, windows = (0.0, 0.0) if kind == "constant" else count_operations(trace.grid, eqn, results)
+    arrays = arrays_of([value for value in results if isinstance(value, Pieces)])
+    size = sum(array.size * array.dtype.itemsize for array in arrays)
     shape = shapes[0] if shapes else ()
-    in_pieces = arrays_of([value for value in results if isinstance(value, Pieces)])
-    size = sum(array.size * array.dtype.itemsize for array in in_pieces)
-    trace.steps.append(Step((eqn, *trace.callers), kind, shape, *operations, size, reason))
+    trace.steps.append(Step((eqn, *trace.callers), kind, shape, ours, windows, size, reason))
     return results
 
 

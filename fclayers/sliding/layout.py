@@ -62,7 +62,7 @@ def fuse(grid: Grid, value: Value) -> Value:
 
     That is what repeating does, and moving channels into the window.
     """
-    shape, dims = list(value.leading), []
+    shape, dims = list(value.leading), list[tuple[Atom, ...]]()
     for section in sections(dense(value)):
         (first, length), *rest = section or [(Atom(1), 1)]
         if rest and first.axis is not None and all(atom.axis is None for atom, _ in rest):

@@ -78,9 +78,7 @@ def _map_phases(
 ) -> Any:
     if not phases:
         return function(grid, *args, **kwargs)
-    split = {
-        i: _split(grid, arg, phases) for i, arg in enumerate(args) if isinstance(arg, Value)
-    }
+    split = {i: _split(grid, arg, phases) for i, arg in enumerate(args) if isinstance(arg, Value)}
     inner = split_grid(grid, phases)
     found: list[Any] = []
 
@@ -125,11 +123,14 @@ def _split_axis(grid: Grid, value: Value, axis: int, count: int) -> Value:
     before = split_grid(grid, held)
     after = split_grid(before, {axis: count})
     start = len(held)
-    own = {start + i for i, other in enumerate(value.positions) if other == axis}
-    places: dict[int, Atom | None] = dict.fromkeys(own)
-    for i, atom in enumerate(value.atoms, start + len(value.positions)):
-        if atom.axis == axis:
-            places[i] = atom
+    places: dict[int, Atom | None] = {
+        i: None for i, other in enumerate(value.positions, start) if other == axis
+    }
+    places |= {
+        i: atom
+        for i, atom in enumerate(value.atoms, start + len(value.positions))
+        if atom.axis == axis
+    }
     parts = []
     for phase in range(count):
         part = value.array

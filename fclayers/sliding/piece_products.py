@@ -8,12 +8,10 @@ from jax import lax
 from jax.extend.core import JaxprEqn
 from jaxtyping import Array
 
-from fclayers.sliding.pieces import (
-    Index,
-    Pieces,
+from fclayers.sliding.pieces import Index, Pieces, places_of
+from fclayers.sliding.regions import (
     Region,
     common_sizes,
-    places_of,
     rebind,
     run,
     select,

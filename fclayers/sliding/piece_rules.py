@@ -11,18 +11,16 @@ from jax.extend.core import JaxprEqn
 
 from fclayers.sliding import resample
 from fclayers.sliding.elementwise import elementwise as of_values
+from fclayers.sliding.piece_joins import concatenate, pad, split
 from fclayers.sliding.piece_products import dot_general, reduction
 from fclayers.sliding.piece_shapes import (
     along,
     broadcast_in_dim,
-    concatenate,
     elementwise,
     gather,
-    pad,
     reshape_rule,
     rev,
     slice_rule,
-    split,
     transpose,
 )
 from fclayers.sliding.piece_windows import conv, reduce_window

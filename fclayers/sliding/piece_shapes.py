@@ -1,6 +1,6 @@
 """Rules for values in pieces that move, add, drop, cut and join dimensions."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from math import prod
 
@@ -8,33 +8,25 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.extend.core import JaxprEqn
-from jaxtyping import Array
 
 from fclayers.sliding.equations import out_shapes
 from fclayers.sliding.layout import reshape
 from fclayers.sliding.phases import over_phases
+from fclayers.sliding.piece_joins import take
 from fclayers.sliding.pieces import (
     Cuts,
     Index,
     Pieces,
-    Region,
-    agree,
     block_shape,
-    in_pieces,
     indices,
-    join,
+    is_plain,
     kind,
     map_blocks,
     one_factor,
     places_of,
-    rebind,
-    run,
-    select,
-    slices_of,
-    spread,
     starts,
-    unify,
 )
+from fclayers.sliding.regions import Region, agree, rebind, run, select, slices_of, spread, unify
 from fclayers.sliding.values import Atom, Grid, Unshared, Value
 
 
@@ -118,9 +110,9 @@ def reshape_rule(grid: Grid, eqn: JaxprEqn, value: Pieces) -> Pieces:
             grid, value.blocks[tuple(own)], block_shape(factors, index)
         )
     result = Pieces(tuple(map(tuple, dims)), blocks)
-    for dim, own in enumerate(result.dims):
-        if len(own) > 1 and len(own[0]) > 1 and all(len(cuts) == 1 for cuts in own[1:]):
-            result = _merge_factors(grid, result, dim)
+    for i, cut_up in enumerate(result.dims):
+        if len(cut_up) > 1 and len(cut_up[0]) > 1 and all(len(cuts) == 1 for cuts in cut_up[1:]):
+            result = _merge_factors(grid, result, i)
     return result
 
 
@@ -130,52 +122,6 @@ def slice_rule(grid: Grid, eqn: JaxprEqn, value: Pieces) -> Pieces:
     for dim, (start, limit, stride) in enumerate(zip(starts, limits, strides, strict=True)):
         value = take(grid, value, dim, start, limit, stride)
     return value
-
-
-def take(
-    grid: Grid, value: Pieces, dim: int, start: int, limit: int, stride: int = 1
-) -> Pieces:
-    """A slice of a dimension."""
-    if (start, limit, stride) == (0, value.shape[dim], 1):
-        return value
-    factor = one_factor(value, dim)
-    slices = slices_of(value.factors[factor], start, limit, stride)
-    if not slices:
-        raise Unshared("leaves nothing of a dimension")
-    return select(grid, value, factor, [Region((piece,)) for piece in slices])
-
-
-def pad(grid: Grid, eqn: JaxprEqn, value: Pieces, fill: Pieces) -> Pieces:
-    """What is added is a segment of its own; what lies between elements repeats with them."""
-    config = eqn.params["padding_config"]
-    inside = [
-        pads if any(pads) and _is_plain(value, one_factor(value, dim)) else (0, 0, 0)
-        for dim, pads in enumerate(config)
-    ]
-    if any(map(any, inside)):
-        value = _pad_blocks(grid, eqn, value, fill, inside)
-        config = [(0, 0, 0) if any(own) else pads for pads, own in zip(config, inside, strict=True)]
-    for dim, (low, high, interior) in enumerate(config):
-        if interior and value.shape[dim] > 1:
-            value = _pad_between(grid, value, fill, dim, interior)
-        value = take(grid, value, dim, max(-low, 0), value.shape[dim] - max(-high, 0))
-        ends = [_filled(grid, value, fill, dim, size) for size in (max(low, 0), max(high, 0))]
-        parts = [part for part in (ends[0], value, ends[1]) if part]
-        value = concatenate_pieces(grid, parts, dim)
-    return value
-
-
-def concatenate(grid: Grid, eqn: JaxprEqn, *values: Pieces) -> Pieces:
-    dim = eqn.params["dimension"]
-    return concatenate_pieces(grid, [value for value in values if value.shape[dim]], dim)
-
-
-def split(grid: Grid, eqn: JaxprEqn, value: Pieces) -> list[Pieces]:
-    axis, start, parts = eqn.params["axis"], 0, []
-    for size in eqn.params["sizes"]:
-        parts.append(take(grid, value, axis, start, start + size))
-        start += size
-    return parts
 
 
 def rev(grid: Grid, eqn: JaxprEqn, value: Pieces) -> Pieces:
@@ -199,27 +145,21 @@ def along(parameter: str) -> Callable[..., list[Pieces]]:
 
     def rule(grid: Grid, eqn: JaxprEqn, *values: Pieces) -> list[Pieces]:
         fitted = unify(grid, values)
-        first = fitted[0]
+        first, old = fitted[0], fitted[0].dims
         touched = {int(axis) for axis in np.atleast_1d(eqn.params[parameter])}
-        for dim in range(len(first.dims)):
-            if one_factor(first, dim) != dim or (dim in touched and not _is_plain(first, dim)):
+        for dim in range(len(old)):
+            if one_factor(first, dim) != dim or (dim in touched and not is_plain(first, dim)):
                 raise Unshared("goes along the window")
-        blocks: list[dict[Index, Value]] = [{} for _ in eqn.outvars]
-        dims: list[tuple[tuple[Cuts, ...], ...]] = []
+        outs = []
         for shape in out_shapes(eqn):
-            kept = [i for i in range(len(first.dims)) if i not in touched]
-            if len(shape) == len(first.dims):
-                kept = list(range(len(shape)))
-            cuts = [((n,),) if i in touched else first.dims[i] for i, n in zip(kept, shape, strict=True)]
-            dims.append(tuple(cuts))
+            kept = [i for i in range(len(old)) if len(shape) == len(old) or i not in touched]
+            dims = [((n,),) if i in touched else old[i] for i, n in zip(kept, shape, strict=True)]
+            outs.append((kept, dims, dict[Index, Value]()))
         for index in first.blocks:
             members = agree(grid, [p.blocks[index] for p in fitted])
-            for out, result in zip(blocks, rebind(grid, eqn, *members), strict=True):
-                kept = index if len(result.dims) == len(index) else tuple(
-                    i for dim, i in enumerate(index) if dim not in touched
-                )
-                out[kept] = result
-        return [Pieces(own, found) for own, found in zip(dims, blocks, strict=True)]
+            for (kept, _, blocks), result in zip(outs, rebind(grid, eqn, *members), strict=True):
+                blocks[tuple(index[i] for i in kept)] = result
+        return [Pieces(tuple(dims), blocks) for _, dims, blocks in outs]
 
     return rule
 
@@ -232,7 +172,7 @@ def gather(grid: Grid, eqn: JaxprEqn, value: Pieces, places: Pieces) -> Pieces:
     dropped = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
     for dim, size in enumerate(value.shape):
         whole = size == sizes[dim] and dim not in (*dropped, *numbers.start_index_map)
-        if one_factor(value, dim) != dim or not (whole or _is_plain(value, dim)):
+        if one_factor(value, dim) != dim or not (whole or is_plain(value, dim)):
             raise Unshared("picks elements of the window")
     kept = [dim for dim in range(len(sizes)) if dim not in dropped]
     dims: list[tuple[Cuts, ...]] = [((size,),) for size in out_shapes(eqn)[0]]
@@ -274,98 +214,10 @@ def _stretch(value: Value, *, dim: int, size: int) -> Value:
     return value._replace(array=jnp.expand_dims(value.array, place), dims=tuple(dims))
 
 
-def stack_and_merge(grid: Grid, values: Sequence[Pieces], dim: int) -> Pieces:
-    """Interleaves values along a dimension."""
-    fitted = unify(grid, values)
-    factor, count = one_factor(fitted[0], dim), len(fitted)
-    if count == 1:
-        return fitted[0]
-
-    def interleave(*arrays: Array) -> Array:
-        stacked = lax.concatenate([lax.expand_dims(x, (factor + 1,)) for x in arrays], factor + 1)
-        shape = arrays[0].shape
-        return lax.reshape(stacked, (*shape[:factor], shape[factor] * count, *shape[factor + 1 :]))
-
-    blocks = {
-        index: run(grid, interleave, *agree(grid, [p.blocks[index] for p in fitted]))
-        for index in fitted[0].blocks
-    }
-    dims = list(fitted[0].dims)
-    dims[dim] = (tuple(n * count for n in fitted[0].factors[factor]),)
-    return Pieces(tuple(dims), blocks)
-
-
-def concatenate_pieces(grid: Grid, values: Sequence[Pieces], dim: int) -> Pieces:
-    if len(values) == 1:
-        return values[0]
-    fitted = unify(grid, values, but=dim)
-    factor = one_factor(fitted[0], dim)
-    dims, blocks = list(fitted[0].dims), {}
-    if all(_is_plain(value, factor) for value in fitted):
-        for index in fitted[0].blocks:
-            blocks[index] = join(grid, [value.blocks[index] for value in fitted], factor)
-        dims[dim] = ((sum(value.shape[dim] for value in fitted),),)
-        return Pieces(tuple(dims), blocks)
-    offset = 0
-    for value in fitted:
-        for index, block in value.blocks.items():
-            blocks[(*index[:factor], index[factor] + offset, *index[factor + 1 :])] = block
-        offset += len(value.factors[factor])
-    dims[dim] = (tuple(n for value in fitted for n in value.factors[factor]),)
-    return Pieces(tuple(dims), blocks)
-
-
-def _pad_blocks(
-    grid: Grid, eqn: JaxprEqn, value: Pieces, fill: Pieces, config: Sequence[tuple[int, int, int]]
-) -> Pieces:
-    """Pads dimensions that are not cut."""
-    by_factor = [(0, 0, 0)] * len(value.factors)
-    dims = list(value.dims)
-    for dim, (low, high, interior) in enumerate(config):
-        if any((low, high, interior)):
-            size = value.shape[dim]
-            by_factor[one_factor(value, dim)] = (low, high, interior)
-            dims[dim] = ((low + size + max(size - 1, 0) * interior + high,),)
-    own = fill.blocks[()]
-    padded = map_blocks(
-        lambda block: rebind(grid, eqn, block, own, padding_config=tuple(by_factor))[0], value
-    )
-    return padded._replace(dims=tuple(dims))
-
-
-def _pad_between(grid: Grid, value: Pieces, fill: Pieces, dim: int, count: int) -> Pieces:
-    """Puts `count` elements behind each, and drops the last ones."""
-    factor, between = one_factor(value, dim), fill.blocks[()]
-
-    def widen(x: Array, between: Array) -> Array:
-        shape = (*x.shape[: factor + 1], count, *x.shape[factor + 1 :])
-        pairs = [lax.expand_dims(x, (factor + 1,)), lax.broadcast(between, shape)]
-        both = lax.concatenate(pairs, factor + 1)
-        wide = x.shape[factor] * (count + 1)
-        return lax.reshape(both, (*x.shape[:factor], wide, *x.shape[factor + 1 :]))
-
-    dims = list(value.dims)
-    dims[dim] = (tuple(n * (count + 1) for n in value.factors[factor]),)
-    wide = map_blocks(lambda block: run(grid, widen, block, between), value)
-    wide = wide._replace(dims=tuple(dims))
-    return take(grid, wide, dim, 0, wide.shape[dim] - count)
-
-
-def _filled(grid: Grid, value: Pieces, fill: Pieces, dim: int, size: int) -> Pieces | None:
-    if not size:
-        return None
-    shape = [size if i == dim else n for i, n in enumerate(value.shape)]
-    return in_pieces(run(grid, lambda x: lax.broadcast(x, shape), fill.blocks[()]))
-
-
-def _is_plain(value: Pieces, factor: int) -> bool:
-    return len(value.factors[factor]) == 1 and kind(value, factor, 0) != "shared"
-
-
 def _merge_factors(grid: Grid, value: Pieces, dim: int) -> Pieces:
     """Makes one cut factor of a dimension whose other factors are plain, as repeating makes it."""
     first, *rest = places_of(value)[dim]
-    if any(not _is_plain(value, factor) for factor in rest):
+    if any(not is_plain(value, factor) for factor in rest):
         return value
     times = prod(value.factors[factor][0] for factor in rest)
     blocks = {}

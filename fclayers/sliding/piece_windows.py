@@ -6,19 +6,8 @@ from typing import NamedTuple
 from jax.extend.core import JaxprEqn
 
 from fclayers.sliding.equations import out_shapes
-from fclayers.sliding.pieces import (
-    Cuts,
-    Index,
-    Pieces,
-    Region,
-    indices,
-    kind,
-    one_factor,
-    rebind,
-    select,
-    slices_of,
-    starts,
-)
+from fclayers.sliding.pieces import Cuts, Index, Pieces, indices, kind, one_factor, starts
+from fclayers.sliding.regions import Region, rebind, select, slices_of
 from fclayers.sliding.values import Grid, Unshared, Value, axis_of, step, window_atom
 
 
@@ -126,9 +115,7 @@ def _parts(grid: Grid, value: Pieces, factor: int, along: Along, outputs: int) -
         if kinds[segment] != "shared":
             continue
         inside = [
-            out
-            for out in range(done, outputs)
-            if _reads_only(along, out, first, first + size)
+            out for out in range(done, outputs) if _reads_only(along, out, first, first + size)
         ]
         if not inside or not _worth_sharing(grid, value, factor, segment, along, len(inside)):
             continue
@@ -176,4 +163,3 @@ def _worth_sharing(
     )
     span = (grid.counts[axis] - 1) * grid.stride[axis] + (outputs - 1) * out.pitch
     return span // step(grid, out) + 1 < grid.counts[axis] * outputs
-

@@ -62,10 +62,19 @@ class SlideReport(NamedTuple):
 
     def __repr__(self) -> str:
         cells = [
-            (row.line, ", ".join(row.operations), row.kind, row.shape, f"{row.flops:.2g}", row.reason)
+            (
+                row.line,
+                ", ".join(row.operations),
+                row.kind,
+                row.shape,
+                f"{row.flops:.2g}",
+                row.reason,
+            )
             for row in self.rows
         ]
-        table = format_table(("line", "operations", "computed", "shape", "flops", "because it"), cells)
+        table = format_table(
+            ("line", "operations", "computed", "shape", "flops", "because it"), cells
+        )
         stops = next((row for row in self.rows if row.kind == "per window"), None)
         verdict = (
             f"shared up to {stops.line}, which {stops.reason}" if stops else "shared all the way"

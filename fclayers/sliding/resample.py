@@ -7,7 +7,7 @@ further: they are sums of strided slices. The outputs near the ends are segments
 
 from collections.abc import Sequence
 from fractions import Fraction
-from functools import partial
+from functools import partial, reduce
 from typing import NamedTuple
 
 import numpy as np
@@ -16,8 +16,17 @@ from jax.extend.core import JaxprEqn
 from jaxtyping import Array
 
 from fclayers.sliding.equations import aval
-from fclayers.sliding.piece_shapes import concatenate_pieces, stack_and_merge, take
-from fclayers.sliding.pieces import Pieces, as_value, concrete, in_pieces, map_blocks, one_factor, run, unify, varies_inside
+from fclayers.sliding.piece_joins import concatenate_pieces, stack_and_merge, take
+from fclayers.sliding.pieces import (
+    Pieces,
+    as_value,
+    concrete,
+    in_pieces,
+    map_blocks,
+    one_factor,
+    varies_inside,
+)
+from fclayers.sliding.regions import run, unify
 from fclayers.sliding.values import Grid, Unshared, Value
 
 # Longer sums are products of matrices.
@@ -32,11 +41,11 @@ class Taps(NamedTuple):
 
 
 class Repeating(NamedTuple):
-    """Outputs `start` to `stop` repeat: `count` of them, then the same `shift` elements further."""
+    """Outputs `start` to `stop` repeat: `period` of them, then the same `shift` further on."""
 
     start: int
     stop: int
-    count: int
+    period: int
     shift: int
 
 
@@ -75,7 +84,10 @@ def pick(grid: Grid, eqn: JaxprEqn, value: Pieces, indices: Pieces) -> Pieces:
     (dim,) = numbers.start_index_map
     rest = [i for i in range(len(sizes)) if i != dim]
     size, chosen = value.shape[dim], places[:, 0]
-    if any(sizes[i] != value.shape[i] for i in rest) or not 0 <= chosen.min() <= chosen.max() < size:
+    if (
+        any(sizes[i] != value.shape[i] for i in rest)
+        or not 0 <= chosen.min() <= chosen.max() < size
+    ):
         raise Unshared("picks elements of the window")
     columns = [Taps((int(place),), None) for place in chosen]
     result = _resample(grid, value, dim, columns, aval(eqn.outvars[0]).dtype)
@@ -119,14 +131,13 @@ def _columns(matrix: np.ndarray) -> list[Taps] | None:
 def _find_repeating(columns: Sequence[Taps], size: int) -> Repeating | None:
     """The longest run of outputs that repeats, if it is more than a few."""
     ratio = Fraction(len(columns), size)
-    count, shift = ratio.numerator, ratio.denominator
-    alike = [_is_shifted(*pair, shift) for pair in zip(columns, columns[count:], strict=False)]
+    period, shift = ratio.numerator, ratio.denominator
+    alike = [_is_shifted(*pair, shift) for pair in zip(columns, columns[period:], strict=False)]
     ends = [*(i for i, same in enumerate(alike) if not same), len(alike)]
-    start, stop = max(zip([0, *(end + 1 for end in ends)], ends, strict=False), key=lambda r: r[1] - r[0])
-    stop = start + (stop - start) // count * count + count
-    if stop - start < 2 * count:
-        return None
-    return Repeating(start, stop, count, shift)
+    starts = [0, *(end + 1 for end in ends)]
+    start, end = max(zip(starts, ends, strict=False), key=lambda run: run[1] - run[0])
+    stop = start + (end - start) // period * period + period
+    return Repeating(start, stop, period, shift) if stop - start >= 2 * period else None
 
 
 def _is_shifted(taps: Taps, other: Taps, shift: int) -> bool:
@@ -144,13 +155,11 @@ def _resample(
     repeating = _find_repeating(columns, value.shape[dim])
     if repeating is None:
         raise Unshared("picks elements of the window")
-    start, stop, count, shift = repeating
-    times = (stop - start) // count
-    phases = [
-        _sum_of_slices(grid, value, dim, columns[start + i], times, shift, dtype)
-        for i in range(count)
-    ]
-    middle = stack_and_merge(grid, phases, dim)
+    start, stop, period, shift = repeating
+    times = (stop - start) // period
+    first = columns[start : start + period]
+    parts = [_sum_of_slices(grid, value, dim, taps, times, shift, dtype) for taps in first]
+    middle = stack_and_merge(grid, parts, dim)
     ends = [
         [_sum_of_slices(grid, value, dim, taps, 1, 1, dtype) for taps in part]
         for part in (columns[:start], columns[stop:])
@@ -171,8 +180,11 @@ def _sum_of_slices(
     fitted = unify(grid, slices)
 
     def add(*arrays: Array) -> Array:
-        terms = [array.astype(dtype) * dtype.type(w) for array, w in zip(arrays, weights, strict=True)]
-        return sum(terms[1:], terms[0])
+        terms = [
+            array.astype(dtype) * dtype.type(w) for array, w in zip(arrays, weights, strict=True)
+        ]
+        total: Array = reduce(lax.add, terms)
+        return total
 
     blocks = {
         index: run(grid, add, *(value.blocks[index] for value in fitted))

@@ -88,5 +88,5 @@ def _assemble(grid: Grid, numbers: Sequence[int], counts: Sequence[int], array: 
 def _bytes_of_windows(grid: Grid, jaxpr: Jaxpr) -> int:
     """The largest result in the function, for every window."""
     results = [aval(var) for eqn in jaxpr.eqns for var in eqn.outvars]
-    sizes = [prod(r.shape) * np.dtype(r.dtype).itemsize for r in results if hasattr(r, "shape")]
+    sizes = [prod(result.shape) * result.dtype.itemsize for result in results]
     return prod(grid.counts) * max(sizes, default=0)

@@ -19,7 +19,6 @@ from fclayers.sliding.tile_plan import choose_tile_shape, plan_tiles
 from fclayers.sliding.tile_record import digest, read_record, write_record
 from fclayers.sliding.transform import slide_and_trace
 
-
 Reach = list[tuple[int, int]]
 
 
@@ -120,7 +119,8 @@ def slide_tiles(
                 "image": describe(image),
                 "out": str(list(map(describe, targets))),
                 "args": digest(rest),
-                "windows": f"{window} along axes {places}, {strides} pixels apart, {edges} edges",
+                "windows": f"{window} along axes {places}, {strides} pixels apart",
+                "edges": edges,
                 "tile": str(tile),
             }
             finished = read_record(record, run, len(tiles))

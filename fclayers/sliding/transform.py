@@ -176,9 +176,7 @@ def _interpret_in_strips(
     if counts == trace.grid.counts:
         return run(trace, array)
     strip = trace.inside(trace.grid._replace(counts=counts))
-    return run_in_strips(
-        trace.grid, counts, partial(run, strip), image._replace(array=array)
-    )
+    return run_in_strips(trace.grid, counts, partial(run, strip), image._replace(array=array))
 
 
 def _interpret(trace: Trace, jaxpr: ClosedJaxpr, image: Value) -> list[Array]:
