@@ -14,7 +14,7 @@ from fclayers.sliding.values import Grid, Value
 # All windows of a step at once are no larger than a chunk of windows.
 CHUNK_BYTES = 2**26
 # Elements in pieces take more time than those of windows in batches.
-_PIECES_ARE_SLOWER = 2
+_PIECES_ARE_SLOWER = 1.5
 # Primitives that compute nothing.
 _MOVES = """
     broadcast_in_dim concatenate convert_element_type copy copy_p dynamic_slice gather iota pad
