@@ -13,7 +13,7 @@ from slide_operations import OPERATIONS
 import fclayers as fc
 from fclayers.sliding.rules import RULES
 
-NUM_FUNCTIONS = int(os.environ.get("SLIDE_FUNCTIONS", "12"))
+NUM_FUNCTIONS = int(os.environ.get("SLIDE_FUNCTIONS", "8"))
 CHUNK = 25
 
 
