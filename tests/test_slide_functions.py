@@ -122,6 +122,16 @@ def test_an_update_where_the_image_is_as_large_as_the_window(window, axes):
     check(lambda w: w.at[:, :, 0].add(w.sum()), (1, 6, 4), window, axes=axes)
 
 
+def test_updates_at_places_that_follow_from_updates():
+    """XLA's CPU backend miscompiles the jitted loop here, and must not miscompile `slide`."""
+
+    def fun(w):
+        part = lax.dynamic_slice_in_dim(w.at[w[1]].set(5), w[0] - 2, 2)
+        return part.at[part[1]].set(5)
+
+    check(fun, (14,), (11,), dtype=np.int32)
+
+
 def test_updates_with_an_image_edge_and_one_window():
     fun = fc.slide(lambda w: w.at[:, 0].add(w.sum()), (6, 4), edges="image")
     image = jnp.arange(24.0).reshape(6, 4)
