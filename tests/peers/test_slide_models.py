@@ -50,7 +50,6 @@ def test_a_padded_model_at_every_window(framework, name, options, strided):
     assert_close(y, expected)
 
 
-@pytest.mark.xfail(strict=False, reason="padding is not shared yet")
 @pytest.mark.parametrize(
     ("framework", "name", "window", "stride", "share"),
     [
