@@ -28,7 +28,7 @@ import fclayers as fc
 
 # Larger numbers are reduced, so that sums of exact ones are exact in float32.
 LARGEST = 2.0**11
-MOST_ELEMENTS = 400
+MOST_ELEMENTS = 600
 
 
 class Known(NamedTuple):
@@ -134,13 +134,14 @@ def draw_case(seed, operations):
     d = Draw(rng)
     ndim = d.pick([1, 2, 2, 3, 3, 4, 5])
     axes = tuple(int(i) for i in rng.permutation(ndim)[: d.int(1, min(3, ndim))])
-    shape = [d.int(1, {1: 8, 2: 6, 3: 4}.get(ndim, 3)) for _ in range(ndim)]
+    largest = {1: 12, 2: 8, 3: 5}.get(ndim, 3)
+    shape = [max(d.int(1, largest), d.int(1, largest)) for _ in range(ndim)]
     if d.chance(0.04):
         shape[d.int(0, ndim - 1)] = 0
     shape = [max(1, n) if i in axes else n for i, n in enumerate(shape)]
     window = tuple(shape[axis] for axis in axes)
     stride = tuple(d.pick([1, 1, 1, 2, 2, 3, w, w + d.int(1, 2)]) for w in window)
-    steps_more = {1: (0, 1, 2, 3, 5), 2: (0, 1, 2, 3), 3: (0, 1, 2)}[len(axes)]
+    steps_more = {1: (0, 1, 2, 3, 5, 9), 2: (0, 1, 2, 2, 3), 3: (0, 1, 1, 2)}[len(axes)]
     size = list(shape)
     for axis, s in zip(axes, stride, strict=True):
         size[axis] += d.pick(steps_more) * s + d.int(0, s - 1)
@@ -179,6 +180,8 @@ def _draw_step(d, operations, steps):
     """Adds an operation that fits; few draws do not."""
     for _ in range(12):
         x = d.values[-1] if d.chance(0.75) else d.pick(d.values)
+        if prod(x.shape) < 2 and d.chance(0.7):
+            x = d.pick(d.values)
         operation = d.pick(operations)
         made = operation(d, x)
         if made is None:
@@ -220,16 +223,16 @@ def _reduced(fun, exact, bound):
     return reduced, 10.0 if exact else 1.0
 
 
-def naive(case, image):
+def naive(case, image, *, jitted=True):
     """The function on every window, cut out with plain indexing, one after the other."""
     sizes = [image.shape[axis] for axis in case.axes]
     counts = [(n - w) // s + 1 for n, w, s in zip(sizes, case.window, case.stride, strict=True)]
-    fun, results = jax.jit(case.fun), []
+    fun, results = jax.jit(case.fun) if jitted else case.fun, []
     for position in np.ndindex(*counts):
         index = [slice(None)] * image.ndim
         for axis, i, s, w in zip(case.axes, position, case.stride, case.window, strict=True):
             index[axis] = slice(i * s, i * s + w)
-        results.append(jax.device_get(fun(image[tuple(index)])))
+        results.append(jax.device_get(fun(jnp.asarray(image[tuple(index)]))))
     return jax.tree.map(lambda *outs: np.stack(outs).reshape(*counts, *outs[0].shape), *results)
 
 
@@ -239,9 +242,15 @@ def run_case(case, *, eager=True):
         warnings.simplefilter("error", RuntimeWarning)
         expected = naive(case, case.image)
         sliding = fc.slide(case.fun, case.window, stride=case.stride, axes=case.axes)
-        compare(jax.jit(sliding)(case.image), expected, case.exact, f"jitted, {case}")
-        if eager:
-            compare(sliding(case.image), expected, case.exact, f"eager, {case}")
+        functions = {"jitted": jax.jit(sliding)} | ({"eager": sliding} if eager else {})
+        for kind, function in functions.items():
+            actual = function(case.image)
+            try:
+                compare(actual, expected, case.exact, f"{kind}, {case}")
+            except AssertionError:
+                # XLA's CPU backend miscompiles some updates in place, also in the loop.
+                by_hand = naive(case, case.image, jitted=False)
+                compare(actual, by_hand, case.exact, f"{kind}, {case}")
 
 
 def compare(actual, expected, exact, message):
