@@ -72,7 +72,7 @@ def contains(jaxpr: Jaxpr, name: str) -> bool:
 def source_line(eqns: Sequence[JaxprEqn]) -> str:
     """The innermost line outside JAX and this library, or else the innermost outside JAX."""
     tracebacks = [eqn.source_info.traceback for eqn in eqns]
-    frames = [frame for traceback in tracebacks if traceback for frame in traceback.frames]
+    frames = [frame for each in tracebacks if each is not None for frame in each.frames]
     for own in (_OWN_FOLDERS, _OWN_FOLDERS[:1]):
         for frame in frames:
             if not frame.file_name.startswith(own):
