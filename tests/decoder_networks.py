@@ -96,7 +96,8 @@ class DecoderBuilder(PaddedBuilder):
             padding.append((low, max(self.integer(0, extent - 1), extent - dilated - low)))
         channels, out = self.shape[-1], self.integer(1, 3)
         weight = self.param(*kernel, channels, out, scale=1 / np.sqrt(prod(kernel) * channels))
-        strides = tuple(self.some(1, 1, 1, 1, 2) for _ in factors)
+        # XLA's compiler crashes on strides together with both dilations.
+        strides = tuple(1 if d > 1 else self.some(1, 1, 1, 1, 2) for d in dilations)
         spatial = "DHW"[3 - self.ndim :]
         numbers = (f"NC{spatial}", f"OI{spatial}", f"NC{spatial}")
 

@@ -71,8 +71,12 @@ def contains(jaxpr: Jaxpr, name: str) -> bool:
 
 def source_line(eqns: Sequence[JaxprEqn]) -> str:
     """The innermost line outside JAX and this library, or else the innermost outside JAX."""
-    tracebacks = [eqn.source_info.traceback for eqn in eqns]
-    frames = [frame for each in tracebacks if each is not None for frame in each.frames]
+    frames = [
+        frame
+        for traceback in (eqn.source_info.traceback for eqn in eqns)
+        if traceback is not None
+        for frame in traceback.frames
+    ]
     for own in (_OWN_FOLDERS, _OWN_FOLDERS[:1]):
         for frame in frames:
             if not frame.file_name.startswith(own):
