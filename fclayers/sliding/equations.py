@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
@@ -71,12 +71,8 @@ def contains(jaxpr: Jaxpr, name: str) -> bool:
 
 def source_line(eqns: Sequence[JaxprEqn]) -> str:
     """The innermost line outside JAX and this library, or else the innermost outside JAX."""
-    frames = [
-        frame
-        for traceback in (eqn.source_info.traceback for eqn in eqns)
-        if traceback is not None
-        for frame in traceback.frames
-    ]
+    tracebacks: list[Any] = [eqn.source_info.traceback for eqn in eqns]
+    frames = [frame for traceback in tracebacks if traceback for frame in traceback.frames]
     for own in (_OWN_FOLDERS, _OWN_FOLDERS[:1]):
         for frame in frames:
             if not frame.file_name.startswith(own):
