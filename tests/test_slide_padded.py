@@ -16,7 +16,7 @@ from slide_networks import Case
 import fclayers as fc
 
 # `SLIDE_NETWORKS=2000 python -m pytest tests/test_slide_padded.py -k equation` draws more.
-NUM_NETWORKS = int(os.environ.get("SLIDE_NETWORKS", "12"))
+NUM_NETWORKS = int(os.environ.get("SLIDE_NETWORKS", "8"))
 NUM_DECODERS = max(3, NUM_NETWORKS // 4)
 NUM_EAGER = NUM_GRADIENTS = max(3, NUM_NETWORKS // 20)
 
