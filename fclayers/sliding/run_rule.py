@@ -66,8 +66,12 @@ def _is_small(eqn: JaxprEqn, values: Sequence[Value]) -> bool:
 
 
 def _run_without_windows(grid: Grid, eqn: JaxprEqn, values: Sequence[Value]) -> list[Value]:
-    """Unchanged, mapped over positions; constants by their rule, which knows what is uniform."""
-    if eqn.primitive.name in RULES and all(value.is_constant for value in values):
+    """Unchanged, mapped over positions.
+
+    Constants by their rule, which knows what is uniform, and convolutions, which may be tiny.
+    """
+    by_rule = eqn.primitive.name == "conv_general_dilated" or all(v.is_constant for v in values)
+    if eqn.primitive.name in RULES and by_rule:
         try:
             return _apply(grid, eqn, values)
         except Unshared:

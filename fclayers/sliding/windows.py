@@ -12,6 +12,7 @@ from jaxtyping import Array
 
 from fclayers.kernels.convolution import convolve
 from fclayers.kernels.pooling import Pool, reduce_windows
+from fclayers.kernels.unrolled import is_tiny, unrolled_convolve
 from fclayers.kernels.windows import Geometry, Pairs
 from fclayers.sliding.equations import aval, bind, bind_one, out_shapes
 from fclayers.sliding.layout import drop_atom
@@ -68,8 +69,11 @@ def conv(grid: Grid, eqn: JaxprEqn, lhs: Value, rhs: Value) -> Value:
     ]
     strides, padding, dilations, kept = zip(*steps, strict=True) if steps else ((), (), (), ())
     geometry = (strides, padding, dilations)
+    tiny = all(atom.axis is None for atom in atoms)
     array, positions = over_positions(
-        lambda lhs, rhs: _convolve(eqn, lhs, rhs, *geometry), dense(lhs), dense(per_dim(rhs)[0])
+        lambda lhs, rhs: _convolve(eqn, lhs, rhs, *geometry, tiny=tiny),
+        dense(lhs),
+        dense(per_dim(rhs)[0]),
     )
     out_atoms = [Atom(size) for size in shape]
     if atoms[batch].axis is not None:
@@ -109,9 +113,19 @@ def reduce_window(grid: Grid, eqn: JaxprEqn, *values: Value) -> list[Value]:
 
 
 def _convolve(
-    eqn: JaxprEqn, lhs: Array, rhs: Array, strides: Sizes, padding: Pairs, dilations: Sizes
+    eqn: JaxprEqn,
+    lhs: Array,
+    rhs: Array,
+    strides: Sizes,
+    padding: Pairs,
+    dilations: Sizes,
+    *,
+    tiny: bool,
 ) -> Array:
-    """What the equation does, on CPUs in the formulation that is fastest for the shape."""
+    """What the equation does, on CPUs in the formulation that is fastest for the shape.
+
+    Maps without window axes may be `tiny`, of which there is one for every position.
+    """
     params = eqn.params
     (batch, feature, *spatial), (out, in_, *kernel_axes), out_spec = params["dimension_numbers"]
 
@@ -123,7 +137,12 @@ def _convolve(
         kernel = rhs.transpose(*kernel_axes, in_, out)
         geometry = Geometry(kernel.shape[:-2], strides, padding, dilations)
         x = lhs.transpose(batch, *spatial, feature)
-        y = convolve(x, kernel, geometry, params["feature_group_count"], params["precision"])
+        if not tiny:
+            y = convolve(x, kernel, geometry, params["feature_group_count"], params["precision"])
+        elif is_tiny(x.shape, kernel.shape, geometry):
+            y = unrolled_convolve(x, kernel, geometry, params["precision"])
+        else:
+            return plain(lhs, rhs)
         return jnp.moveaxis(y, range(y.ndim), (out_spec[0], *out_spec[2:], out_spec[1]))
 
     usual = lhs.dtype == rhs.dtype == aval(eqn.outvars[0]).dtype and lhs.dtype.itemsize >= 4
@@ -131,6 +150,7 @@ def _convolve(
         usual
         and 1 <= len(spatial) <= 3
         and params["batch_group_count"] == 1
+        and (not tiny or params["feature_group_count"] == 1)
         and set(params["lhs_dilation"]) == {1}
     ):
         y: Array = lax.platform_dependent(lhs, rhs, cpu=channels_last, default=plain)
