@@ -57,4 +57,5 @@ def _hits(
 ) -> np.ndarray:
     """(inputs, outputs, taps): 1 where an output reads an input by a tap."""
     place = np.arange(outputs)[:, None] * stride - padding[0] + np.arange(kernel) * dilation
-    return np.equal(np.arange(size)[:, None, None], place).astype(np.int8)
+    hits: np.ndarray = np.arange(size)[:, None, None] == place
+    return hits.astype(np.int8)
