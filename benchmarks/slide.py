@@ -11,6 +11,7 @@
 - peak: the products that sharing needs, at the speed of a 2048×2048 matrix product of this run.
 
 Windows in batches take minutes. They are timed on some of the windows and scaled to all of them.
+The cases of `slide_padded.py` follow.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import slide_padded
 import timing
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -286,6 +288,7 @@ def main() -> None:
         results[f"{name} on {shape[0]}×{shape[1]}"] = measure(NETWORKS[name], shape, args.rounds)
     if args.only in "VGG-16":
         results["VGG-16, stride 32, on 448×448"] = measure_vgg(args.rounds)
+    results |= slide_padded.measure_cases(args.only, args.rounds)
     print(timing.format_table(results))
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(results, indent=2) + "\n")
