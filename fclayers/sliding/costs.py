@@ -45,9 +45,11 @@ def run_if_worth_sharing(
     computed = iter(jaxpr_as_fun(jaxpr)(*varying))
     return [
         map_blocks(
-            lambda block: block._replace(array=next(computed))
-            if isinstance(block.array, jax.core.Tracer)
-            else block,
+            lambda block: (
+                block._replace(array=next(computed))
+                if isinstance(block.array, jax.core.Tracer)
+                else block
+            ),
             value,
         )
         for value in found

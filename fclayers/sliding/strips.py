@@ -35,7 +35,8 @@ def run_in_strips(
     planned = jax.make_jaxpr(partial(run, trace))(image.array)
     counts = _strip_counts(grid, max((step.bytes_in_pieces for step in trace.steps), default=0))
     if counts == grid.counts:
-        return jaxpr_as_fun(planned)(image.array)
+        results: list[Array] = jaxpr_as_fun(planned)(image.array)
+        return results
     strip = trace.inside(grid._replace(counts=counts))
     return _map_strips(grid, counts, partial(run, strip), image)
 
