@@ -134,7 +134,7 @@ def _pick(grid: Grid, value: Shared, i: int) -> Shared:
     """One element along the first dimension."""
     if isinstance(value, Pieces) or any(atom.axis is not None for atom in value.dims[0]):
         raise Unshared("scans along the window")
-    return run_lax(grid, lambda x: lax.squeeze(lax.slice_in_dim(x, i, i + 1), (0,)), value)
+    return run_lax(grid, lax.index_in_dim, value, index=i, keepdims=False)
 
 
 def _stack(grid: Grid, values: Sequence[Shared]) -> Shared:

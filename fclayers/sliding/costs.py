@@ -1,15 +1,15 @@
 """What a step costs in pieces, and window by window."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import prod
 
 import jax
-from jax.extend.core import Jaxpr, JaxprEqn
+from jax.extend.core import Jaxpr, JaxprEqn, jaxpr_as_fun
 from jaxtyping import Array
 
 from fclayers.sliding.equations import aval, out_shapes
-from fclayers.sliding.pieces import Pieces, arrays_of
-from fclayers.sliding.values import Grid, Value
+from fclayers.sliding.pieces import Pieces, arrays_of, map_blocks
+from fclayers.sliding.values import Grid, Unshared, Value
 
 # All windows of a step at once are no larger than a chunk of windows.
 CHUNK_BYTES = 2**26
@@ -22,39 +22,38 @@ _MOVES = """
 """
 
 
-def is_worth_sharing(
-    grid: Grid, run: Callable[[Sequence[Pieces]], list[Pieces]], operands: Sequence[Pieces]
-) -> bool:
-    """Whether results in pieces have far fewer elements than those of all windows."""
+def run_if_worth_sharing(
+    grid: Grid, rule: Callable[[Sequence[Pieces]], list[Pieces]], operands: Sequence[Pieces]
+) -> list[Pieces]:
+    """The results of a rule, if they have far fewer elements than those of all windows.
+
+    The rule is traced to find out, and what it traced is run, since tracing it again takes long.
+    """
+    found: list[Pieces] = []
+
+    def run(varying: Sequence[Array]) -> list[Array]:
+        rest = iter(varying)
+        found[:] = rule([_with_varying(value, rest) for value in operands])
+        return [array for array in arrays_of(found) if isinstance(array, jax.core.Tracer)]
+
     varying = [
         block.array for p in operands for block in p.blocks.values() if not block.is_constant
     ]
-
-    def arrays(varying: Sequence[Array]) -> list[list[Array]]:
-        rest = iter(varying)
-        values = [
-            p._replace(
-                blocks={
-                    index: block if block.is_constant else block._replace(array=next(rest))
-                    for index, block in p.blocks.items()
-                }
-            )
-            for p in operands
-        ]
-        results[:] = run(values)
-        return [[block.array for block in result.blocks.values()] for result in results]
-
-    results: list[Pieces] = []
-    made = jax.tree.leaves(jax.eval_shape(arrays, varying))
-    size = sum(prod(array.shape) * array.dtype.itemsize for array in made)
-    if size <= CHUNK_BYTES:
-        return True
-    # A reduction works on its operands.
-    reads, writes = (sum(prod(p.shape) for p in values) for values in (operands, results))
-    touched = arrays_of(operands) if reads > 2 * writes else made
-    elements = sum(prod(array.shape) for array in touched)
-    windows = prod(grid.counts) * (reads if reads > 2 * writes else writes)
-    return bool(elements * _PIECES_ARE_SLOWER <= windows)
+    jaxpr = jax.make_jaxpr(run)(varying)
+    if not _is_worth_sharing(grid, operands, found):
+        raise Unshared("has borders that meet inside the window")
+    computed = iter(jaxpr_as_fun(jaxpr)(*varying))
+    return [
+        map_blocks(
+            lambda block: (
+                block._replace(array=next(computed))
+                if isinstance(block.array, jax.core.Tracer)
+                else block
+            ),
+            value,
+        )
+        for value in found
+    ]
 
 
 def count_operations(
@@ -74,6 +73,25 @@ def count_operations(
         sizes = [atom.size for atom in atoms if atom.axis is not None]
         one *= sum(sizes) / prod(sizes) if sizes else 1
     return one * computed / size, windows
+
+
+def _with_varying(value: Pieces, arrays: Iterator[Array]) -> Pieces:
+    """Other arrays for all blocks but constants, whose numbers a rule may ask for."""
+    return map_blocks(
+        lambda block: block if block.is_constant else block._replace(array=next(arrays)), value
+    )
+
+
+def _is_worth_sharing(grid: Grid, operands: Sequence[Pieces], results: Sequence[Pieces]) -> bool:
+    made = arrays_of(results)
+    if sum(array.size * array.dtype.itemsize for array in made) <= CHUNK_BYTES:
+        return True
+    # A reduction works on its operands.
+    reads, writes = (sum(prod(p.shape) for p in values) for values in (operands, results))
+    touched = arrays_of(operands) if reads > 2 * writes else made
+    elements = sum(array.size for array in touched)
+    windows = prod(grid.counts) * (reads if reads > 2 * writes else writes)
+    return bool(elements * _PIECES_ARE_SLOWER <= windows)
 
 
 def _count_for_one(eqn: JaxprEqn) -> float:

@@ -14,7 +14,7 @@ from jax.extend.core import JaxprEqn, Literal, Var
 
 from fclayers.sliding.calls import CALL_RULES, called_jaxpr, has_shareable_derivative
 from fclayers.sliding.checks import check_operands, check_shapes, empty_results
-from fclayers.sliding.costs import count_operations, is_worth_sharing
+from fclayers.sliding.costs import count_operations, run_if_worth_sharing
 from fclayers.sliding.equations import (
     AnyJaxpr,
     aval,
@@ -241,9 +241,6 @@ def _run_in_pieces(grid: Grid, eqn: JaxprEqn, values: Sequence[Shared]) -> Seque
         results = rule(grid, eqn, *values)
         return results if isinstance(results, list) else [results]
 
-    operands = [in_pieces(value) for value in values]
-    if not is_worth_sharing(grid, run, operands):
-        raise Unshared("has borders that meet inside the window")
-    results = run(operands)
+    results = run_if_worth_sharing(grid, run, [in_pieces(value) for value in values])
     check_shapes(eqn, [result.shape for result in results])
     return [as_value(result) for result in results]

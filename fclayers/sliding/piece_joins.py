@@ -70,14 +70,8 @@ def stack_and_merge(grid: Grid, values: Sequence[Pieces], dim: int) -> Pieces:
     factor, count = one_factor(fitted[0], dim), len(fitted)
     if count == 1:
         return fitted[0]
-
-    def interleave(*arrays: Array) -> Array:
-        stacked = lax.concatenate([lax.expand_dims(x, (factor + 1,)) for x in arrays], factor + 1)
-        shape = arrays[0].shape
-        return lax.reshape(stacked, (*shape[:factor], shape[factor] * count, *shape[factor + 1 :]))
-
     blocks = {
-        index: run(grid, interleave, *agree(grid, [p.blocks[index] for p in fitted]))
+        index: run(grid, _interleave, *agree(grid, [p.blocks[index] for p in fitted]), dim=factor)
         for index in fitted[0].blocks
     }
     dims = list(fitted[0].dims)
@@ -117,23 +111,36 @@ def _pad_blocks(
 def _pad_between(grid: Grid, value: Pieces, fill: Pieces, dim: int, count: int) -> Pieces:
     """Puts `count` elements behind each, and drops the last ones."""
     factor, between = one_factor(value, dim), fill.blocks[()]
-
-    def widen(x: Array, between: Array) -> Array:
-        shape = (*x.shape[: factor + 1], count, *x.shape[factor + 1 :])
-        pairs = [lax.expand_dims(x, (factor + 1,)), lax.broadcast(between, shape)]
-        both = lax.concatenate(pairs, factor + 1)
-        wide = x.shape[factor] * (count + 1)
-        return lax.reshape(both, (*x.shape[:factor], wide, *x.shape[factor + 1 :]))
-
     dims = list(value.dims)
     dims[dim] = (tuple(n * (count + 1) for n in value.factors[factor]),)
-    wide = map_blocks(lambda block: run(grid, widen, block, between), value)
+    wide = map_blocks(
+        lambda block: run(grid, _widen, block, between, dim=factor, count=count), value
+    )
     wide = wide._replace(dims=tuple(dims))
     return take(grid, wide, dim, 0, wide.shape[dim] - count)
+
+
+def _widen(x: Array, between: Array, *, dim: int, count: int) -> Array:
+    """Puts `count` elements behind each along a dimension."""
+    shape = (*x.shape[: dim + 1], count, *x.shape[dim + 1 :])
+    pairs = [lax.expand_dims(x, (dim + 1,)), lax.broadcast(between, shape)]
+    return _merge_into(lax.concatenate(pairs, dim + 1), dim)
+
+
+def _interleave(*arrays: Array, dim: int) -> Array:
+    return _merge_into(
+        lax.concatenate([lax.expand_dims(x, (dim + 1,)) for x in arrays], dim + 1), dim
+    )
+
+
+def _merge_into(x: Array, dim: int) -> Array:
+    """Merges a dimension and the next one."""
+    merged = x.shape[dim] * x.shape[dim + 1]
+    return lax.reshape(x, (*x.shape[:dim], merged, *x.shape[dim + 2 :]))
 
 
 def _filled(grid: Grid, value: Pieces, fill: Pieces, dim: int, size: int) -> Pieces | None:
     if not size:
         return None
-    shape = [size if i == dim else n for i, n in enumerate(value.shape)]
-    return in_pieces(run(grid, lambda x: lax.broadcast(x, shape), fill.blocks[()]))
+    shape = tuple(size if i == dim else n for i, n in enumerate(value.shape))
+    return in_pieces(run(grid, lax.broadcast, fill.blocks[()], sizes=shape))

@@ -46,9 +46,9 @@ def elementwise(grid: Grid, eqn: JaxprEqn, *operands: Pieces) -> Pieces:
 def transpose(grid: Grid, eqn: JaxprEqn, value: Pieces) -> Pieces:
     order = eqn.params["permutation"]
     places = places_of(value)
-    axes = [axis for dim in order for axis in places[dim]]
+    axes = tuple(axis for dim in order for axis in places[dim])
     blocks = {
-        tuple(index[axis] for axis in axes): run(grid, lambda x: lax.transpose(x, axes), block)
+        tuple(index[axis] for axis in axes): run(grid, lax.transpose, block, permutation=axes)
         for index, block in value.blocks.items()
     }
     return Pieces(tuple(value.dims[dim] for dim in order), blocks)
@@ -135,7 +135,7 @@ def rev(grid: Grid, eqn: JaxprEqn, value: Pieces) -> Pieces:
         for index, block in value.blocks.items():
             place = (*index[:factor], last - index[factor], *index[factor + 1 :])
             own = spread(grid, block, factor)
-            blocks[place] = run(grid, lambda x, at=factor: lax.rev(x, (at,)), own)
+            blocks[place] = run(grid, lax.rev, own, dimensions=(factor,))
         value = Pieces(tuple(dims), blocks)
     return value
 

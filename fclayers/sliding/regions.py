@@ -1,6 +1,7 @@
 """Cuts and joins segments of values in pieces, and runs rules on their blocks."""
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend.core import JaxprEqn, Literal, Var
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 from jaxtyping import Array
 
 from fclayers._util.trees import abstract
@@ -36,6 +37,8 @@ from fclayers.sliding.values import (
     step,
     while_tracing,
 )
+
+Avals = tuple[tuple[tuple[int, ...], np.dtype], ...]
 
 
 class Slice(NamedTuple):
@@ -96,13 +99,21 @@ def cut(grid: Grid, value: Value, dim: int, piece: Slice) -> Value:
     if (piece.start, piece.stop, piece.stride) == (0, value.shape[dim], 1):
         return value
     _, start, stop, stride = piece
-    return run(grid, lambda x: lax.slice_in_dim(x, start, stop, stride, dim), value)
+    return run(
+        grid,
+        lax.slice_in_dim,
+        value,
+        start_index=start,
+        limit_index=stop,
+        stride=stride,
+        axis=dim,
+    )
 
 
 def join(grid: Grid, values: Sequence[Value], dim: int) -> Value:
     """Joins values that are not shared along a dimension."""
     values = agree(grid, values, but=dim)
-    return run(grid, lambda *arrays: lax.concatenate(arrays, dim), *values)
+    return run(grid, _concatenate, *values, dim=dim)
 
 
 @over_phases
@@ -130,10 +141,9 @@ def agree(grid: Grid, values: Sequence[Value], *, but: int | None = None) -> lis
     return values
 
 
-def run(grid: Grid, function: Callable[..., Array], *values: Value) -> Value:
-    """A function of one window's arrays, on values."""
-    structs = [abstract(value.shape, value.array.dtype) for value in values]
-    jaxpr = jax.make_jaxpr(function)(*structs).jaxpr
+def run(grid: Grid, function: Callable[..., Array], *values: Value, **options: object) -> Value:
+    """A function of one window's arrays, and of options, on values."""
+    jaxpr = _jaxpr(function, _avals(values), **options)
     known: dict[Var, Value] = dict(zip(jaxpr.invars, values, strict=True))
 
     def read(atom: Var | Literal) -> Value:
@@ -146,9 +156,7 @@ def run(grid: Grid, function: Callable[..., Array], *values: Value) -> Value:
 
 def rebind(grid: Grid, eqn: JaxprEqn, *values: Value, **changed: object) -> list[Value]:
     """An equation on values of other shapes, with some parameters changed."""
-    structs = [abstract(value.shape, value.array.dtype) for value in values]
-    (other,) = jax.make_jaxpr(lambda *arrays: bind(eqn, *arrays, **changed))(*structs).jaxpr.eqns
-    results: list[Value] = run_rule(grid, other, *values)
+    results: list[Value] = run_rule(grid, _equation(eqn, _avals(values), **changed), *values)
     return results
 
 
@@ -242,6 +250,32 @@ def _common_regions(values: Sequence[Pieces], factor: int) -> list[tuple[Region,
         tuple(Region(slices_of(own, start, stop), plain and mixed) for own in cuts)
         for start, stop, plain in runs
     ]
+
+
+def _concatenate(*arrays: Array, dim: int) -> Array:
+    return lax.concatenate(arrays, dim)
+
+
+def _avals(values: Sequence[Value]) -> Avals:
+    return tuple((value.shape, value.array.dtype) for value in values)
+
+
+# Many blocks have the same shapes, and strips have those of all positions.
+@lru_cache(maxsize=1024)
+def _jaxpr(function: Callable[..., Array], avals: Avals, **options: object) -> Jaxpr:
+    """A function on operands of these shapes and dtypes."""
+    structs = [abstract(*own) for own in avals]
+    jaxpr: Jaxpr = jax.make_jaxpr(partial(function, **options))(*structs).jaxpr
+    return jaxpr
+
+
+@lru_cache(maxsize=1024)
+def _equation(eqn: JaxprEqn, avals: Avals, **changed: object) -> JaxprEqn:
+    """An equation on operands of these shapes and dtypes."""
+    structs = [abstract(*own) for own in avals]
+    jaxpr: Jaxpr = jax.make_jaxpr(partial(bind, eqn, **changed))(*structs).jaxpr
+    (other,) = jaxpr.eqns
+    return other
 
 
 def _spread_atom(grid: Grid, value: Value, dim: int, atom: Atom) -> Value:

@@ -7,7 +7,7 @@ further: they are sums of strided slices. The outputs near the ends are segments
 
 from collections.abc import Sequence
 from fractions import Fraction
-from functools import partial, reduce
+from functools import reduce
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +22,6 @@ from fclayers.sliding.pieces import (
     as_value,
     concrete,
     in_pieces,
-    map_blocks,
     one_factor,
     varies_inside,
 )
@@ -179,18 +178,23 @@ def _sum_of_slices(
         return slices[0]
     fitted = unify(grid, slices)
 
-    def add(*arrays: Array) -> Array:
-        terms = [
-            array.astype(dtype) * dtype.type(w) for array, w in zip(arrays, weights, strict=True)
-        ]
-        total: Array = reduce(lax.add, terms)
-        return total
-
     blocks = {
-        index: run(grid, add, *(value.blocks[index] for value in fitted))
+        index: run(
+            grid,
+            _weighted_sum,
+            *(value.blocks[index] for value in fitted),
+            weights=tuple(weights),
+            dtype=dtype,
+        )
         for index in fitted[0].blocks
     }
     return fitted[0]._replace(blocks=blocks)
+
+
+def _weighted_sum(*arrays: Array, weights: Sequence[np.generic], dtype: np.dtype) -> Array:
+    terms = [array.astype(dtype) * dtype.type(w) for array, w in zip(arrays, weights, strict=True)]
+    total: Array = reduce(lax.add, terms)
+    return total
 
 
 def _move_dim(grid: Grid, value: Pieces, dim: int, place: int) -> Pieces:
@@ -200,6 +204,8 @@ def _move_dim(grid: Grid, value: Pieces, dim: int, place: int) -> Pieces:
         one_factor(value, i)
     order = [i for i in range(len(value.dims)) if i != dim]
     order.insert(place, dim)
-    moved = map_blocks(partial(run, grid, lambda x: lax.transpose(x, order)), value)
-    blocks = {tuple(index[i] for i in order): block for index, block in moved.blocks.items()}
+    blocks = {
+        tuple(index[i] for i in order): run(grid, lax.transpose, block, permutation=tuple(order))
+        for index, block in value.blocks.items()
+    }
     return Pieces(tuple(value.dims[i] for i in order), blocks)

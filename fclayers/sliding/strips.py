@@ -1,6 +1,7 @@
 """Runs many windows some positions at a time, where values in pieces would need much memory."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import product
 from math import ceil, prod
 
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend.core import Jaxpr
+from jax.extend.core import Jaxpr, jaxpr_as_fun
 from jaxtyping import Array
 
 from fclayers.sliding.equations import aval
@@ -20,27 +21,37 @@ _LIVE_VALUES = 8
 _MAX_BYTES = 2**29
 
 
-def strip_counts(
+def run_in_strips(
     trace: Trace, jaxpr: Jaxpr, run: Callable[[Trace, Array], list[Array]], image: Value
-) -> tuple[int, ...]:
-    """The positions to run at a time; the steps of all are noted in the trace."""
+) -> list[Array]:
+    """The results of `run` for all positions; some at a time, if all need too much memory.
+
+    `run` takes a trace and the array of the image, or the part of it that some positions see. The
+    steps noted in the trace are those of all positions at once.
+    """
     grid = trace.grid
     if grid.pads_image or _LIVE_VALUES * _bytes_of_windows(grid, jaxpr) < 2 * _MAX_BYTES:
-        return grid.counts
-    planned = trace.inside()
-    jax.eval_shape(lambda array: run(planned, array), image.array)
-    trace.steps = planned.steps
-    needed = _LIVE_VALUES * max((step.bytes_in_pieces for step in planned.steps), default=0)
+        return run(trace, image.array)
+    planned = jax.make_jaxpr(partial(run, trace))(image.array)
+    counts = _strip_counts(grid, max((step.bytes_in_pieces for step in trace.steps), default=0))
+    if counts == grid.counts:
+        results: list[Array] = jaxpr_as_fun(planned)(image.array)
+        return results
+    strip = trace.inside(grid._replace(counts=counts))
+    return _map_strips(grid, counts, partial(run, strip), image)
+
+
+def _strip_counts(grid: Grid, largest: int) -> tuple[int, ...]:
+    """Halves the longest axis until the largest value in pieces, in bytes, fits several times."""
     counts = list(grid.counts)
+    needed = _LIVE_VALUES * largest
     while needed * prod(counts) > _MAX_BYTES * prod(grid.counts) and max(counts) > 1:
         longest = counts.index(max(counts))
         counts[longest] = ceil(counts[longest] / 2)
-    if tuple(counts) == grid.counts:
-        trace.steps = []
     return tuple(counts)
 
 
-def run_in_strips(
+def _map_strips(
     grid: Grid, counts: Sequence[int], run: Callable[[Array], list[Array]], image: Value
 ) -> list[Array]:
     """The results of all positions, from a function of the part of the image that some see."""

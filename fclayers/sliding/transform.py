@@ -17,7 +17,7 @@ from fclayers.sliding.cutting import cut_windows
 from fclayers.sliding.deferred import run_deferred
 from fclayers.sliding.equations import contains
 from fclayers.sliding.interpret import Deferred, Trace, interpret
-from fclayers.sliding.strips import run_in_strips, strip_counts
+from fclayers.sliding.strips import run_in_strips
 from fclayers.sliding.values import Atom, Value, make_value
 
 
@@ -166,17 +166,12 @@ def _run_all(trace: Trace, jaxpr: ClosedJaxpr, image: Value) -> list[Array]:
 def _interpret_in_strips(
     trace: Trace, consts: Sequence[Array], array: Array, *, jaxpr: ClosedJaxpr, image: Value
 ) -> list[Array]:
-    """Some positions at a time, if there are too many for the memory that they need."""
     known = ClosedJaxpr(jaxpr.jaxpr, consts)
 
     def run(trace: Trace, array: Array) -> list[Array]:
         return _interpret(trace, known, image._replace(array=array))
 
-    counts = strip_counts(trace, jaxpr.jaxpr, run, image._replace(array=array))
-    if counts == trace.grid.counts:
-        return run(trace, array)
-    strip = trace.inside(trace.grid._replace(counts=counts))
-    return run_in_strips(trace.grid, counts, partial(run, strip), image._replace(array=array))
+    return run_in_strips(trace, jaxpr.jaxpr, run, image._replace(array=array))
 
 
 def _interpret(trace: Trace, jaxpr: ClosedJaxpr, image: Value) -> list[Array]:
