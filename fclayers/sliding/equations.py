@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import jax
+import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 from jaxtyping import Array, ArrayLike
 
@@ -24,6 +25,13 @@ def bind_one(eqn: JaxprEqn, *arrays: ArrayLike, **changed: object) -> Array:
     """`bind` for primitives of one result."""
     (result,) = bind(eqn, *arrays, **changed)
     return result
+
+
+def with_python_integers(eqn: JaxprEqn) -> JaxprEqn:
+    """The equation without the NumPy integers that JAX keeps as they were passed to it."""
+    params = jax.tree.map(lambda p: int(p) if isinstance(p, np.integer) else p, eqn.params)
+    replaced: JaxprEqn = eqn.replace(params=params)
+    return replaced
 
 
 def aval(atom: Var | Literal) -> jax.core.ShapedArray:

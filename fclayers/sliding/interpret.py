@@ -22,6 +22,7 @@ from fclayers.sliding.equations import (
     out_shapes,
     padding_of,
     source_line,
+    with_python_integers,
 )
 from fclayers.sliding.piece_rules import PIECE_RULES
 from fclayers.sliding.pieces import (
@@ -103,7 +104,7 @@ def interpret(trace: Trace, jaxpr: AnyJaxpr, inputs: Sequence[Result]) -> list[R
         return env[atom]
 
     for eqn in jaxpr.eqns:
-        results = _run(trace, eqn, [read(atom) for atom in eqn.invars])
+        results = _run(trace, with_python_integers(eqn), [read(atom) for atom in eqn.invars])
         env.update(zip(eqn.outvars, results, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 

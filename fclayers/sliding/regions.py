@@ -318,7 +318,7 @@ def _longest_uniform_run(array: np.ndarray) -> tuple[int, int]:
         same = np.isclose(flat[1:], flat[:-1], rtol=0, atol=close, equal_nan=True).all(1)
     else:
         same = (flat[1:] == flat[:-1]).all(1)
-    ends = [*np.flatnonzero(~same) + 1, len(array)]
+    ends = [*(np.flatnonzero(~same) + 1).tolist(), len(array)]
     return max(zip([0, *ends], ends, strict=False), key=lambda run: run[1] - run[0])
 
 

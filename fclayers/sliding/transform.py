@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.sharding import PartitionSpec
+from jax.typing import ArrayLike
 from jaxtyping import Array, PyTree
 
 from fclayers._util.errors import BadValue, public
@@ -146,7 +147,7 @@ def _run_all(trace: Trace, jaxpr: ClosedJaxpr, image: Value) -> list[Array]:
         return run(trace, jaxpr.consts, image.array)
     traced = [isinstance(const, jax.core.Tracer) for const in jaxpr.consts]
 
-    def run_with(trace: Trace, consts: Sequence[Array], array: Array) -> list[Array]:
+    def run_with(trace: Trace, consts: Sequence[ArrayLike], array: Array) -> list[Array]:
         rest = iter(consts)
         known = [
             next(rest) if is_traced else const
@@ -164,7 +165,7 @@ def _run_all(trace: Trace, jaxpr: ClosedJaxpr, image: Value) -> list[Array]:
 
 
 def _interpret_in_strips(
-    trace: Trace, consts: Sequence[Array], array: Array, *, jaxpr: ClosedJaxpr, image: Value
+    trace: Trace, consts: Sequence[ArrayLike], array: Array, *, jaxpr: ClosedJaxpr, image: Value
 ) -> list[Array]:
     known = ClosedJaxpr(jaxpr.jaxpr, consts)
 
