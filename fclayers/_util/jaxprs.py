@@ -73,3 +73,18 @@ def source_line(eqns: Sequence[JaxprEqn]) -> str:
             if not frame.file_name.startswith(own):
                 return f"{Path(frame.file_name).name}:{frame.line_num}"
     return "?"
+
+
+def scan_counts(eqn: JaxprEqn) -> tuple[int, int]:
+    """The numbers of constants and of carried values of a scan."""
+    inner, _ = open_jaxpr(eqn.params["jaxpr"])
+    # What is scanned or stacked has one axis more outside than inside.
+    scanned = [
+        aval(outside).ndim > aval(inside).ndim
+        for outside, inside in zip(eqn.invars, inner.invars, strict=True)
+    ]
+    num_carry = sum(
+        aval(outside).ndim == aval(inside).ndim
+        for outside, inside in zip(eqn.outvars, inner.outvars, strict=True)
+    )
+    return scanned.count(False) - num_carry, num_carry

@@ -12,7 +12,7 @@ from jax import lax
 from jax.extend.core import JaxprEqn
 from jaxtyping import Array
 
-from fclayers._util.jaxprs import AnyJaxpr, aval, open_jaxpr
+from fclayers._util.jaxprs import AnyJaxpr, scan_counts
 from fclayers.sliding.pieces import Pieces, arrays_of, layout, with_arrays
 from fclayers.sliding.regions import run as run_lax
 from fclayers.sliding.values import Grid, Unshared, Value, constant
@@ -77,17 +77,7 @@ def scan(grid: Grid, run: Run, eqn: JaxprEqn, *values: Shared) -> list[Shared]:
     length, body = eqn.params["length"], eqn.params["jaxpr"]
     if not 0 < length <= _MAX_SCAN_LENGTH:
         raise Unshared(f"is a scan of no or more than {_MAX_SCAN_LENGTH} steps")
-    # What is scanned or stacked has one axis more outside than inside.
-    inner, _ = open_jaxpr(body)
-    scanned = [
-        aval(outside).ndim > aval(inside).ndim
-        for outside, inside in zip(eqn.invars, inner.invars, strict=True)
-    ]
-    num_carry = sum(
-        aval(outside).ndim == aval(inside).ndim
-        for outside, inside in zip(eqn.outvars, inner.outvars, strict=True)
-    )
-    first_carry = scanned.count(False) - num_carry
+    first_carry, num_carry = scan_counts(eqn)
     consts, carry = values[:first_carry], list(values[first_carry : first_carry + num_carry])
     collected = []
     for i in range(length)[:: -1 if eqn.params["reverse"] else 1]:
