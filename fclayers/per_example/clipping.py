@@ -13,7 +13,7 @@ from fclayers._util.checks import check_key, describe
 from fclayers._util.errors import BadType, BadValue, public
 from fclayers.per_example.capture import linear_in_parameter
 from fclayers.per_example.gradients import Gradients, find_gradients, pull_back_of
-from fclayers.per_example.groups import Group
+from fclayers.per_example.groups import Group, keep_for_sums
 from fclayers.per_example.norms import squared_norms, total_of
 from fclayers.per_example.problem import Fun, pose
 
@@ -77,7 +77,7 @@ def clipped_grad(
         if key is not None:
             check_key(key)
         problem, arrays = pose(loss, params, batch, scalar=True)
-        gradients = find_gradients(problem, arrays)
+        gradients = find_gradients(problem, arrays, keep_for_sums)
         norms = jnp.sqrt(total_of(gradients, squared_norms(gradients)))
         sums = weighted_sum(gradients, 1 / jnp.maximum(norms / max_norm, 1))
         if key is not None:
@@ -111,7 +111,8 @@ def weighted_sum(gradients: Gradients, weights: Array) -> list[Array]:
             (found,) = transpose(cotangents)
             sums[site.name] = sums[site.name] + found if site.name in sums else found
         for name in group.tapped:
-            sums[name] = _scaled(captured.gradients[name][:, 0], weights).sum(0)
+            gradient = captured.gradients[name][:, 0]
+            sums[name] = jnp.tensordot(weights.astype(gradient.dtype), gradient, 1)
     found_leaves = [
         leaf for group in gradients.groups if group.kind != "fallback" for leaf in group.leaves
     ]

@@ -10,7 +10,7 @@ from jaxtyping import Array, ArrayLike
 
 from fclayers.per_example.capture import Captured, capture, known_values
 from fclayers.per_example.factors import factors_of, product_of, sizes_of
-from fclayers.per_example.groups import Group, group, leaf_elements
+from fclayers.per_example.groups import Group, Keep, group, leaf_elements
 from fclayers.per_example.problem import Problem
 
 Example = tuple[Captured, list[Array]]
@@ -48,10 +48,12 @@ class Gradients(NamedTuple):
         return kept, self.batch if group.kind == "fallback" else []
 
 
-def find_gradients(problem: Problem, batch: Sequence[Array], *, scalar: bool = True) -> Gradients:
+def find_gradients(
+    problem: Problem, batch: Sequence[Array], keep: Keep, *, scalar: bool = True
+) -> Gradients:
     """Runs the function and its backward pass on all examples."""
     program = problem.program
-    groups = group(program)
+    groups = group(program, keep)
     sites = [site for group in groups for site in group.sites]
     tapped = [name for g in groups if g.kind != "fallback" for name in g.tapped]
     known = known_values(program, problem.leaves)

@@ -17,7 +17,13 @@ from fclayers.per_example.gradients import (
     find_gradients,
     former,
 )
-from fclayers.per_example.groups import Group, forming_operations, leaf_elements, pair_operations
+from fclayers.per_example.groups import (
+    Group,
+    forming_operations,
+    keep_none,
+    leaf_elements,
+    pair_operations,
+)
 from fclayers.per_example.problem import Fun, pose
 from fclayers.per_example.sites import wide
 
@@ -108,11 +114,11 @@ def _both(
     fun: Fun, params: PyTree, batch: PyTree, other_batch: PyTree, *, scalar: bool
 ) -> tuple[Gradients, Gradients]:
     problem, arrays = pose(fun, params, batch, scalar=scalar)
-    ours = find_gradients(problem, arrays, scalar=scalar)
+    ours = find_gradients(problem, arrays, keep_none, scalar=scalar)
     if other_batch is None:
         return ours, ours
     problem, arrays = pose(fun, params, other_batch, scalar=scalar)
-    return ours, find_gradients(problem, arrays, scalar=scalar)
+    return ours, find_gradients(problem, arrays, keep_none, scalar=scalar)
 
 
 def inner_products(ours: Gradients, theirs: Gradients) -> Array:

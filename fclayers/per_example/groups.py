@@ -1,6 +1,6 @@
 """Which parameters are treated together, and how: by factors, formed, or by fallback."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import NamedTuple
 
@@ -9,6 +9,8 @@ from fclayers.per_example.program import Program, Site, Use
 
 # Gradients this small are formed wherever the parameter is used.
 _SMALL = 2**10
+# Multiplications in the time of reading and writing a number.
+_READING = 16
 
 
 class Group(NamedTuple):
@@ -39,9 +41,15 @@ class Group(NamedTuple):
         return tuple(name for name in self.names if name not in at_sites)
 
 
-def group(program: Program) -> list[Group]:
-    """The groups of all parameters that meet data; those that fall back are one."""
-    groups = [_make_group(program, leaves) for leaves in _components(program)]
+Keep = Callable[[Sequence[Site]], bool]
+
+
+def group(program: Program, keep: Keep) -> list[Group]:
+    """The groups of all parameters that meet data; those that fall back are one.
+
+    `keep` says of the sites of a value whether the backward pass shall form its gradients.
+    """
+    groups = [_make_group(program, leaves, keep) for leaves in _components(program)]
     falling = [group for group in groups if group.kind == "fallback"]
     rest = [group for group in groups if group.kind != "fallback"]
     if not falling:
@@ -49,6 +57,35 @@ def group(program: Program) -> list[Group]:
     leaves = tuple(leaf for group in falling for leaf in group.leaves)
     names = tuple(name for group in falling for name in group.names)
     return [*rest, Group("fallback", leaves, names, (), (), falling[0].reason)]
+
+
+def keep_none(sites: Sequence[Site]) -> bool:
+    """For inner products: chunks of both batches are formed, if at all."""
+    return False
+
+
+def keep_for_norms(sites: Sequence[Site]) -> bool:
+    """Small kernels: XLA forms their gradients faster than patches are cut out."""
+    convolves = all(site.eqn.primitive.name == "conv_general_dilated" for site in sites)
+    return convolves and _is_small(sites)
+
+
+def keep_for_sums(sites: Sequence[Site]) -> bool:
+    """Gradients smaller than their factors as well: added up, they need no second product."""
+    pairs = elements = 0
+    for site in sites:
+        s = sizes_of(site)
+        pairs += s.blocks * s.positions**2 * (s.inputs + s.outputs)
+        elements += s.blocks * s.inputs * s.outputs
+    dense = not any(site.rule.sparse for site in sites)
+    return keep_for_norms(sites) or (dense and _is_small(sites) and pairs > _READING * elements)
+
+
+def _is_small(sites: Sequence[Site]) -> bool:
+    """Whether a gradient takes at most twice as much memory as the factors that are there."""
+    sizes = [sizes_of(site) for site in sites]
+    elements = sizes[0].blocks * sizes[0].inputs * sizes[0].outputs
+    return elements <= 2 * sum(s.blocks * s.positions * (s.inputs + s.outputs) for s in sizes)
 
 
 def _components(program: Program) -> list[list[int]]:
@@ -64,15 +101,19 @@ def _components(program: Program) -> list[list[int]]:
     return sorted(map(sorted, components))
 
 
-def _make_group(program: Program, leaves: Sequence[int]) -> Group:
+def _make_group(program: Program, leaves: Sequence[int], keep: Keep) -> Group:
     names = tuple(name for name in program.uses if program.sources[name] & set(leaves))
     sites: list[Site] = []
     reason = ""
     for name in names:
         uses = program.uses[name]
         elsewhere = [use for use in uses if use.site is None]
+        own = [use.site for use in uses if use.site is not None]
         if not elsewhere:
-            sites += [use.site for use in uses if use.site is not None]
+            if keep(own):
+                reason = "has fewer elements than what it meets"
+            else:
+                sites += own
             continue
         size, results = program.sizes[name], max(use.results for use in uses)
         if size > max(_SMALL, results):

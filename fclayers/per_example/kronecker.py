@@ -12,7 +12,7 @@ from fclayers._util.reprs import short_repr
 from fclayers.per_example.chunks import sum_chunks
 from fclayers.per_example.factors import factors_of, sizes_of
 from fclayers.per_example.gradients import Example, Gradients, bytes_of_factors, find_gradients
-from fclayers.per_example.groups import Group
+from fclayers.per_example.groups import Group, keep_none
 from fclayers.per_example.problem import Fun, pose
 
 
@@ -73,7 +73,7 @@ def kronecker_factors(loss: Fun) -> Callable[[PyTree, PyTree], PyTree]:
 
     def factors(params: PyTree, batch: PyTree) -> PyTree:
         problem, arrays = pose(loss, params, batch, scalar=True)
-        gradients = find_gradients(problem, arrays)
+        gradients = find_gradients(problem, arrays, keep_none)
         found: list[KroneckerFactors | None] = [None] * len(problem.leaves)
         for group in gradients.groups:
             if _is_one_matrix(group):

@@ -17,7 +17,13 @@ from fclayers.per_example.gradients import (
     find_gradients,
     former,
 )
-from fclayers.per_example.groups import Group, forming_operations, leaf_elements, pair_operations
+from fclayers.per_example.groups import (
+    Group,
+    forming_operations,
+    keep_for_norms,
+    leaf_elements,
+    pair_operations,
+)
 from fclayers.per_example.problem import Fun, pose
 from fclayers.per_example.program import Program
 from fclayers.per_example.sites import wide
@@ -68,7 +74,7 @@ def per_example_norms(
 
     def norms(params: PyTree, batch: PyTree) -> PyTree:
         problem, arrays = pose(loss, params, batch, scalar=True)
-        gradients = find_gradients(problem, arrays)
+        gradients = find_gradients(problem, arrays, keep_for_norms)
         squares = squared_norms(gradients)
         if not per_leaf:
             return jnp.sqrt(total_of(gradients, squares))

@@ -179,12 +179,13 @@ class _Walk:
 
     def equation(self, eqn: JaxprEqn, inputs: Sequence[Ref], needed: Sequence[bool]) -> list[Ref]:
         call, first = called_jaxpr(eqn)
-        if call is not None:
+        depends = any(ref.name in self.program.sources for ref in inputs)
+        # Where no parameter enters, the formulation for the platform is kept.
+        if call is not None and (depends or eqn.primitive.name != "cond"):
             self.callers = (eqn, *self.callers)
             results = self.run(call, inputs[first:], needed)
             self.callers = self.callers[1:]
             return results
-        depends = any(ref.name in self.program.sources for ref in inputs)
         if all(ref.known for ref in inputs) and not (depends and _spreads(eqn)):
             return self.known(eqn, inputs)
         if eqn.primitive.name == "scan" and eqn.params["length"]:
@@ -284,8 +285,8 @@ class _Walk:
             for ref in inputs[:num_consts]
         ]
         carry = inputs[num_consts : num_consts + num_carry]
-        for ref, var in zip(carry, eqn.outvars, strict=False):
-            self.use(ref, aval(var).size, eqn, aval(var).size)
+        for ref, outvar in zip(carry, eqn.outvars, strict=False):
+            self.use(ref, aval(outvar).size, eqn, aval(outvar).size)
         carried = [Ref(program.name(), False) for _ in carry]
         xs: list[tuple[int, int]] = []
         scanned: list[Ref] = []

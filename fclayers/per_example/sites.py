@@ -112,35 +112,32 @@ def _conv(eqn: JaxprEqn, operand: int, order: Axes) -> Rule | None:
 
     def rows(others: Sequence[Array]) -> Array:
         (x,) = others
-        x = wide(x).transpose(numbers.lhs_spec)
-        edges = [(0, 0, 0), (0, 0, 0)]
-        for (low, high), dilation in zip(params["padding"], params["lhs_dilation"], strict=True):
-            edges.append((low, high, dilation - 1))
+        batch_axis, feature_axis, *theirs = numbers.lhs_spec
+        x = wide(x).transpose(batch_axis, *theirs, feature_axis)
+        edges = [(0, 0, 0)] * x.ndim
+        for i, ((low, high), dilation) in enumerate(
+            zip(params["padding"], params["lhs_dilation"], strict=True)
+        ):
+            edges[1 + i] = (low, high, dilation - 1)
         x = lax.pad(x, jnp.zeros((), x.dtype), edges)
+        strides = params["window_strides"]
         taps = []
         for tap in product(*map(range, kernel)):
             starts = [t * d for t, d in zip(tap, params["rhs_dilation"], strict=True)]
-            stops = [
-                start + (count - 1) * stride + 1
-                for start, count, stride in zip(
-                    starts, counts, params["window_strides"], strict=True
-                )
-            ]
-            taps.append(
-                lax.slice(
-                    x, (0, 0, *starts), (*x.shape[:2], *stops), (1, 1, *params["window_strides"])
-                )
-            )
-        stacked = jnp.stack(taps).reshape(*kernel, images, groups, shape[in_axis], prod(counts))
-        n = len(kernel)
-        places = {axis: i for i, axis in enumerate(spatial)} | {in_axis: n + 2}
-        patches = stacked.transpose(n + 1, n, n + 3, *(places[a] for a in ins))
+            spans = zip(starts, counts, strides, strict=True)
+            stops = [start + (count - 1) * stride + 1 for start, count, stride in spans]
+            limits = (images, *stops, x.shape[-1])
+            taps.append(lax.slice(x, (0, *starts, 0), limits, (1, *strides, 1)))
+        patches = jnp.stack(taps, axis=-2).reshape(positions, *kernel, groups, shape[in_axis])
+        ndim = len(kernel)
+        places = {axis: 1 + i for i, axis in enumerate(spatial)} | {in_axis: 2 + ndim}
+        patches = patches.transpose(1 + ndim, 0, *(places[a] for a in ins))
         return patches.reshape(groups, positions, num_in)
 
     def columns(cotangent: Array, others: Sequence[Array]) -> Array:
-        g = wide(cotangent).transpose(numbers.out_spec)
-        g = g.reshape(images, groups, num_out, prod(counts))
-        return g.transpose(1, 0, 3, 2).reshape(groups, positions, num_out)
+        batch_axis, feature_axis, *theirs = numbers.out_spec
+        g = wide(cotangent).transpose(batch_axis, *theirs, feature_axis)
+        return g.reshape(positions, groups, num_out).swapaxes(0, 1)
 
     in_ndim = len(ins)
 
