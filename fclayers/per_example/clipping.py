@@ -14,6 +14,7 @@ from fclayers._util.errors import BadType, BadValue, public
 from fclayers.per_example.capture import linear_in_parameter
 from fclayers.per_example.gradients import Gradients, find_gradients, pull_back_of
 from fclayers.per_example.groups import Group, keep_for_sums
+from fclayers.per_example.meshes import on_any_mesh, specs_like
 from fclayers.per_example.norms import squared_norms, total_of
 from fclayers.per_example.problem import Fun, pose
 
@@ -69,13 +70,7 @@ def clipped_grad(
     """
     _check(max_norm, reduction, noise_multiplier)
 
-    def clipped(
-        params: PyTree, batch: PyTree, key: PRNGKeyArray | None = None
-    ) -> tuple[Array, PyTree]:
-        if (key is None) != (noise_multiplier == 0):
-            raise BadValue(f"expected a key with noise and none without, got {describe(key)}")
-        if key is not None:
-            check_key(key)
+    def clipped(params: PyTree, batch: PyTree, key: PRNGKeyArray | None) -> tuple[Array, PyTree]:
         problem, arrays = pose(loss, params, batch, scalar=True)
         gradients = find_gradients(problem, arrays, keep_for_sums)
         norms = jnp.sqrt(total_of(gradients, squared_norms(gradients)))
@@ -86,7 +81,19 @@ def clipped_grad(
             sums = [a if _is_integer(a) else a / gradients.size for a in sums]
         return gradients.captured.outs, jax.tree.unflatten(problem.structure, sums)
 
-    return public(clipped, "clipped_grad")
+    def on_mesh(
+        params: PyTree, batch: PyTree, key: PRNGKeyArray | None = None
+    ) -> tuple[Array, PyTree]:
+        if (key is None) != (noise_multiplier == 0):
+            raise BadValue(f"expected a key with noise and none without, got {describe(key)}")
+        if key is not None:
+            check_key(key)
+        found: tuple[Array, PyTree] = on_any_mesh(
+            clipped, lambda spec: (spec, specs_like(params)), params, batch, key
+        )
+        return found
+
+    return public(on_mesh, "clipped_grad")
 
 
 def weighted_sum(gradients: Gradients, weights: Array) -> list[Array]:

@@ -24,6 +24,7 @@ from fclayers.per_example.groups import (
     leaf_elements,
     pair_operations,
 )
+from fclayers.per_example.meshes import on_any_mesh
 from fclayers.per_example.problem import Fun, pose
 from fclayers.per_example.sites import wide
 
@@ -63,11 +64,15 @@ def gradient_gram(loss: Fun) -> Callable[..., Float[Array, "n m"]]:
     Source: `Pruthi et al. 2020 <https://arxiv.org/abs/2002.08484>`_ for the use.
     """
 
-    def gram(params: PyTree, batch: PyTree, other_batch: PyTree = None) -> Array:
+    def gram(params: PyTree, batch: PyTree, other_batch: PyTree) -> Array:
         ours, theirs = _both(loss, params, batch, other_batch, scalar=True)
         return inner_products(ours, theirs)[:, :, 0, 0]
 
-    return public(gram, "gradient_gram")
+    def on_mesh(params: PyTree, batch: PyTree, other_batch: PyTree = None) -> Array:
+        found: Array = on_any_mesh(gram, lambda spec: spec, params, batch, other_batch)
+        return found
+
+    return public(on_mesh, "gradient_gram")
 
 
 @public
@@ -101,13 +106,17 @@ def empirical_ntk(fun: Fun) -> Callable[..., Float[Array, "..."]]:
     `Novak et al. 2022 <https://arxiv.org/abs/2206.08720>`_ for its computation.
     """
 
-    def ntk(params: PyTree, x1: PyTree, x2: PyTree = None) -> Array:
+    def ntk(params: PyTree, x1: PyTree, x2: PyTree) -> Array:
         ours, theirs = _both(fun, params, x1, x2, scalar=False)
         kernel = inner_products(ours, theirs)
         out = ours.captured.outs.shape[1:]
         return kernel.reshape(*kernel.shape[:2], *out, *out)
 
-    return public(ntk, "empirical_ntk")
+    def on_mesh(params: PyTree, x1: PyTree, x2: PyTree = None) -> Array:
+        found: Array = on_any_mesh(ntk, lambda spec: spec, params, x1, x2)
+        return found
+
+    return public(on_mesh, "empirical_ntk")
 
 
 def _both(

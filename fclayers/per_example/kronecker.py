@@ -8,11 +8,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from fclayers._util.errors import public
+from fclayers._util.meshes import partition
 from fclayers._util.reprs import short_repr
 from fclayers.per_example.chunks import sum_chunks
 from fclayers.per_example.factors import factors_of, sizes_of
 from fclayers.per_example.gradients import Example, Gradients, bytes_of_factors, find_gradients
 from fclayers.per_example.groups import Group, keep_none
+from fclayers.per_example.meshes import on_any_mesh
 from fclayers.per_example.problem import Fun, pose
 
 
@@ -80,7 +82,10 @@ def kronecker_factors(loss: Fun) -> Callable[[PyTree, PyTree], PyTree]:
                 found[group.leaves[0]] = _moments(gradients, group)
         return jax.tree.unflatten(problem.structure, found)
 
-    return public(factors, "kronecker_factors")
+    def on_mesh(params: PyTree, batch: PyTree) -> PyTree:
+        return on_any_mesh(factors, lambda spec: partition(), params, batch)
+
+    return public(on_mesh, "kronecker_factors")
 
 
 def _is_one_matrix(group: Group) -> bool:

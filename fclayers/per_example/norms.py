@@ -24,6 +24,7 @@ from fclayers.per_example.groups import (
     leaf_elements,
     pair_operations,
 )
+from fclayers.per_example.meshes import on_any_mesh
 from fclayers.per_example.problem import Fun, pose
 from fclayers.per_example.program import Program
 from fclayers.per_example.sites import wide
@@ -82,7 +83,10 @@ def per_example_norms(
         each = [jnp.sqrt(squares.get(i, zeros)) for i in range(len(problem.leaves))]
         return jax.tree.unflatten(problem.structure, each)
 
-    return public(norms, "per_example_norms")
+    def on_mesh(params: PyTree, batch: PyTree) -> PyTree:
+        return on_any_mesh(norms, lambda spec: spec, params, batch)
+
+    return public(on_mesh, "per_example_norms")
 
 
 def squared_norms(gradients: Gradients) -> dict[int, Array]:
