@@ -166,12 +166,9 @@ def to_torch(tree: Any) -> Any:
     """The same tree of tensors, with PyTorch's order of a weight's axes."""
 
     def layer(node: Any) -> Any:
-        weight = np.asarray(node.weight)
-        if isinstance(node, fc.ConvParams):
-            weight = weight.transpose(3, 2, 0, 1)
-        else:
-            weight = weight.T
-        return type(node)(tensor(np.ascontiguousarray(weight)), tensor(node.bias))
+        axes = (3, 2, 0, 1) if isinstance(node, fc.ConvParams) else (1, 0)
+        weight = np.ascontiguousarray(np.transpose(node.weight, axes))
+        return type(node)(tensor(weight), tensor(node.bias))
 
     def tensor(array: Any) -> torch.Tensor:
         array = torch.from_numpy(np.array(array))
@@ -188,7 +185,7 @@ def norms(make: Callable[[], Network]) -> Candidates:
 
     def formed(params: Any, batch: Any) -> jax.Array:
         gradients = jax.vmap(jax.grad(network.loss), (None, 0))(params, batch)
-        return jax.vmap(optax.global_norm)(gradients)
+        return jax.vmap(optax.tree.norm)(gradients)
 
     def torch_norms(params: Any, batch: Any) -> torch.Tensor:
         gradients = torch.func.vmap(torch.func.grad(network.torch_loss), (None, 0))(params, batch)
@@ -211,7 +208,7 @@ def clipped(make: Callable[[], Network]) -> Candidates:
     def formed(params: Any, batch: Any) -> Any:
         loss = jax.vmap(jax.value_and_grad(network.loss), (None, 0))
         losses, gradients = loss(params, batch)
-        scales = 1 / jnp.maximum(jax.vmap(optax.global_norm)(gradients) / MAX_NORM, 1)
+        scales = 1 / jnp.maximum(jax.vmap(optax.tree.norm)(gradients) / MAX_NORM, 1)
         return losses, jax.tree.map(lambda g: jnp.tensordot(scales, g, 1), gradients)
 
     def privacy(params: Any, batch: Any, size: int | None) -> Any:

@@ -54,7 +54,6 @@ def clipped_grad(
     Example:
         >>> import jax
         >>> import jax.numpy as jnp
-    import numpy as np
         >>> import fclayers as fc
         >>> params = fc.init_linear(jax.random.key(0), 3, 2)
         >>> def loss(params, example):
@@ -169,3 +168,5 @@ def _check(max_norm: ArrayLike, reduction: str, noise_multiplier: float) -> None
         raise BadValue(f"reduction must be 'sum' or 'mean', got {reduction!r}")
     if not isinstance(noise_multiplier, (int, float)) or noise_multiplier < 0:
         raise BadValue(f"noise_multiplier must be a number >= 0, got {noise_multiplier!r}")
+    if noise_multiplier and not isinstance(max_norm, jax.core.Tracer) and not np.isfinite(max_norm):
+        raise BadValue(f"noise needs a finite max_norm, got {max_norm}")
