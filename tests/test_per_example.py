@@ -210,16 +210,13 @@ def test_noise_has_the_deviation_that_was_asked_for():
 
 def test_norms_are_differentiable():
     layer, batch = layer_and_batch()
-    jax.grad(lambda p: fc.per_example_norms(squares)(p, batch).sum())(layer)
+    found = jax.grad(lambda p: fc.per_example_norms(squares)(p, batch).sum())(layer)
 
     def by_hand(layer):
         gradients = jax.vmap(jax.grad(squares), (None, 0))(layer, batch)
         return sum(jnp.sqrt((w**2).sum() + (b**2).sum()) for w, b in zip(*gradients, strict=True))
 
-    for got, want in zip(
-        jax.tree.leaves(norms), jax.tree.leaves(jax.grad(by_hand)(layer)), strict=True
-    ):
-        np.testing.assert_allclose(got, want, rtol=1e-10)
+    chex.assert_trees_all_close(found, jax.grad(by_hand)(layer), rtol=1e-10)
 
 
 def test_sums_accumulate_over_microbatches():
@@ -259,7 +256,7 @@ def test_half_precision_keeps_its_dtype():
 
     losses, grads = fc.clipped_grad(loss, 1.0)(layer, batch)
     assert losses.dtype == jnp.float32
-    assert {leaf.dtype for leaf in grads} == {jnp.bfloat16}
+    assert {leaf.dtype for leaf in grads} == {jnp.dtype(jnp.bfloat16)}
     wide = jax.tree.map(lambda a: a.astype(jnp.float64), (layer, batch))
     expected = fc.per_example_norms(squares)(*wide)
     np.testing.assert_allclose(fc.per_example_norms(loss)(layer, batch), expected, rtol=0.03)

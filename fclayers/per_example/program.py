@@ -179,13 +179,12 @@ class _Walk:
 
     def equation(self, eqn: JaxprEqn, inputs: Sequence[Ref], needed: Sequence[bool]) -> list[Ref]:
         call, first = called_jaxpr(eqn)
-        depends = any(ref.name in self.program.sources for ref in inputs)
         # Where no parameter enters, the formulation for the platform is kept.
+        depends = any(ref.name in self.program.sources for ref in inputs)
         if call is not None and (depends or eqn.primitive.name != "cond"):
-            self.callers = (eqn, *self.callers)
-            results = self.run(call, inputs[first:], needed)
-            self.callers = self.callers[1:]
-            return results
+            inner = _Walk(self.program, self.lengths, self.slices, (eqn, *self.callers))
+            inner.steps = self.steps
+            return inner.run(call, inputs[first:], needed)
         if all(ref.known for ref in inputs) and not (depends and _spreads(eqn)):
             return self.known(eqn, inputs)
         if eqn.primitive.name == "scan" and eqn.params["length"]:
@@ -267,8 +266,7 @@ class _Walk:
         rule = find_rule(eqn, operand, order)
         if rule is None or jnp.issubdtype(aval(eqn.outvars[0]).dtype, jnp.complexfloating):
             return None
-        number = len(program.sites)
-        site = Site(number, ref.name, eqn, operand, rule, self.lengths, ref.stacked)
+        site = Site(len(program.sites), ref.name, eqn, operand, rule, self.lengths, ref.stacked)
         program.sites.append(site)
         return site
 
@@ -303,9 +301,8 @@ class _Walk:
                 scanned.append(Ref(program.name(), False))
                 xs.append((ref.name, scanned[-1].name))
         body, _ = open_jaxpr(params["jaxpr"])
-        outs = inner.run(
-            params["jaxpr"], [*arguments, *carried, *scanned], [True] * len(body.outvars)
-        )
+        needed = [True] * len(body.outvars)
+        outs = inner.run(params["jaxpr"], [*arguments, *carried, *scanned], needed)
         for ref, var in zip(outs, body.outvars, strict=True):
             inner.use(ref, aval(var).size, eqn, aval(var).size)
         results = [Ref(program.name(), False) for _ in outs]
@@ -349,5 +346,5 @@ def _live(
 
 def _spreads(eqn: JaxprEqn) -> bool:
     """Whether it only repeats elements: its gradient is summed where it is found."""
-    repeats = eqn.primitive.name == "broadcast_in_dim"
-    return repeats and aval(eqn.outvars[0]).size > aval(eqn.invars[0]).size
+    grows = aval(eqn.outvars[0]).size > aval(eqn.invars[0]).size
+    return grows and eqn.primitive.name == "broadcast_in_dim"

@@ -21,8 +21,6 @@ from flax import nnx
 
 import fclayers as fc
 
-MAX_NORM = 0.7
-
 
 def assert_close(ours, theirs, rtol=1e-9):
     ours, theirs = jax.tree.leaves(ours), jax.tree.leaves(theirs)
@@ -39,6 +37,7 @@ class Network(NamedTuple):
     torch_loss: Callable[..., Any]
     params: Any
     batch: Any
+    max_norm: float  # which some examples exceed
 
 
 def cross_entropy(logits, label):
@@ -57,7 +56,7 @@ def mlp():
         return torch.nn.functional.cross_entropy(x @ weight + bias, example[1])
 
     params = fc.init_mlp(jax.random.key(0), [5, 9, 8, 4], dtype=jnp.float64)
-    return Network(loss, torch_loss, params, batch_of((5,)))
+    return Network(loss, torch_loss, params, batch_of((5,)), 1.1)
 
 
 def convolutions():
@@ -79,7 +78,7 @@ def convolutions():
         fc.init_conv(keys[0], (3, 3), 4, 6, groups=2, dtype=jnp.float64),
         fc.init_linear(keys[1], (4, 3, 6), 4, dtype=jnp.float64),
     )
-    return Network(loss, torch_loss, params, batch_of((7, 6, 4)))
+    return Network(loss, torch_loss, params, batch_of((7, 6, 4)), 3.1)
 
 
 def attention():
@@ -105,7 +104,7 @@ def attention():
         (jnp.asarray(rng.uniform(0.5, 2, 5)), jnp.asarray(rng.normal(size=(5, 12)))),
         jnp.asarray(rng.normal(size=(4, 4))),
     )
-    return Network(loss, torch_loss, params, batch_of((6, 5)))
+    return Network(loss, torch_loss, params, batch_of((6, 5)), 7.0)
 
 
 def batch_of(shape, count=11):
@@ -125,11 +124,13 @@ def float64():
 @pytest.mark.parametrize("make", NETWORKS)
 def test_clipped_sums_are_optaxs(make):
     network = make()
-    gradients = jax.jit(jax.vmap(jax.grad(network.loss), (None, 0)))(*network[2:])
-    aggregate = optax.contrib.differentially_private_aggregate(MAX_NORM, 0.0, jax.random.key(0))
+    gradients = jax.jit(jax.vmap(jax.grad(network.loss), (None, 0)))(*network[2:4])
+    aggregate = optax.contrib.differentially_private_aggregate(
+        network.max_norm, 0.0, jax.random.key(0)
+    )
     expected, _ = aggregate.update(gradients, aggregate.init(network.params))
-    ours = jax.jit(fc.clipped_grad(network.loss, MAX_NORM, reduction="mean"))
-    _, mean = ours(*network[2:])
+    ours = jax.jit(fc.clipped_grad(network.loss, network.max_norm, reduction="mean"))
+    _, mean = ours(*network[2:4])
     assert_close(mean, expected)
 
 
@@ -139,15 +140,15 @@ def test_clipped_sums_are_jax_privacys(make):
     network = make()
     theirs = jax_privacy.clipped_grad(
         network.loss,
-        l2_clip_norm=MAX_NORM,
+        l2_clip_norm=network.max_norm,
         keep_batch_dim=False,
         return_values=True,
         return_grad_norms=True,
     )
-    expected, aux = jax.jit(theirs)(*network[2:])
-    losses, total = jax.jit(fc.clipped_grad(network.loss, MAX_NORM))(*network[2:])
+    expected, aux = jax.jit(theirs)(*network[2:4])
+    losses, total = jax.jit(fc.clipped_grad(network.loss, network.max_norm))(*network[2:4])
     assert_close((losses, total), (aux.values, expected))
-    norms = jax.jit(fc.per_example_norms(network.loss))(*network[2:])
+    norms = jax.jit(fc.per_example_norms(network.loss))(*network[2:4])
     assert_close(norms, aux.grad_norms, rtol=1e-6)  # jax_privacy returns float32
 
 
@@ -155,19 +156,19 @@ def test_clipped_sums_are_jax_privacys(make):
 def test_results_are_torchs(make):
     """As Opacus defines them: every sample's gradient, its norm, the sum of clipped ones."""
     network = make()
-    params, batch = jax.tree.map(lambda a: torch.from_numpy(np.array(a)), network[2:])
+    params, batch = jax.tree.map(lambda a: torch.from_numpy(np.array(a)), network[2:4])
     grad = torch.func.grad_and_value(network.torch_loss)
     gradients, losses = torch.func.vmap(grad, (None, 0))(params, batch)
     flat = torch.cat([g.flatten(1) for g in jax.tree.leaves(gradients)], dim=1)
     norms = flat.norm(dim=1)
-    scales = (MAX_NORM / norms).clamp(max=1)
+    scales = (network.max_norm / norms).clamp(max=1)
     assert 0 < (scales < 1).sum() < len(scales)
     sums = jax.tree.map(lambda g: torch.tensordot(scales, g, 1), gradients)
 
-    assert_close(jax.jit(fc.per_example_norms(network.loss))(*network[2:]), norms)
-    clipped = jax.jit(fc.clipped_grad(network.loss, MAX_NORM))
-    assert_close(clipped(*network[2:]), (losses, sums))
-    assert_close(jax.jit(fc.gradient_gram(network.loss))(*network[2:]), flat @ flat.T)
+    assert_close(jax.jit(fc.per_example_norms(network.loss))(*network[2:4]), norms)
+    clipped = jax.jit(fc.clipped_grad(network.loss, network.max_norm))
+    assert_close(clipped(*network[2:4]), (losses, sums))
+    assert_close(jax.jit(fc.gradient_gram(network.loss))(*network[2:4]), flat @ flat.T)
 
 
 class Model(NamedTuple):
