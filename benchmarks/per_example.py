@@ -333,7 +333,7 @@ CASES: dict[str, Callable[[], Candidates]] = {
     f"{what} {name}": partial(function, make)
     for name, make in NETWORKS.items()
     for what, function in (("norms", norms), ("clipped", clipped))
-} | {"Gram matrix 1000 × 1000, MLP": gram}
+} | {"Gram matrix 1000 × 1000": gram}
 
 if __name__ == "__main__":
     timing.run(CASES, default_output="outputs/benchmarks/per_example.json")

@@ -18,8 +18,8 @@ from per_example_networks import draw_network
 import fclayers as fc
 from fclayers.per_example import chunks
 
-NUM_NETWORKS = int(os.environ.get("PER_EXAMPLE_NETWORKS", "4"))
-CHUNK = 20
+NUM_NETWORKS = int(os.environ.get("PER_EXAMPLE_NETWORKS", "2"))
+CHUNK = 10
 
 
 @pytest.fixture(autouse=True)
