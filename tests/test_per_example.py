@@ -167,6 +167,7 @@ def test_large_parameters_fall_back_alone(monkeypatch):
     assert "fallback" in repr(report)
 
 
+@pytest.mark.slow
 def test_long_sequences_in_chunks(monkeypatch):
     """Everything example by example, or a few at a time, with a rest."""
     for size in (1, 2**11):
