@@ -11,6 +11,11 @@ from fclayers.heads.cross_entropy import linear_cross_entropy
 from fclayers.heads.predictions import linear_argmax, linear_top_k
 from fclayers.linear import LinearParams, apply_linear, init_linear
 from fclayers.mlp import apply_mlp, init_mlp
+from fclayers.per_example.clipping import clipped_grad
+from fclayers.per_example.gram import empirical_ntk, gradient_gram
+from fclayers.per_example.kronecker import KroneckerFactors, kronecker_factors
+from fclayers.per_example.norms import per_example_norms
+from fclayers.per_example.report import PerExampleReport, PerExampleRow, explain_per_example
 from fclayers.pool import avg_pool, max_pool
 from fclayers.sharding import mlp_specs, partition_specs, shard
 from fclayers.sliding.report import SlideReport, explain_slide
@@ -43,9 +48,12 @@ __all__ = [
     "CompressionTable",
     "ConvParams",
     "Int8",
+    "KroneckerFactors",
     "LinearParams",
     "Lora",
     "LowRank",
+    "PerExampleReport",
+    "PerExampleRow",
     "SlideReport",
     "Summary",
     "SummaryRow",
@@ -58,15 +66,20 @@ __all__ = [
     "apply_mlp",
     "avg_pool",
     "block_diagonal",
+    "clipped_grad",
     "compression_table",
     "conv_to_linear",
+    "empirical_ntk",
+    "explain_per_example",
     "explain_slide",
     "export_apply",
+    "gradient_gram",
     "init_bilinear",
     "init_conv",
     "init_linear",
     "init_mlp",
     "interop",
+    "kronecker_factors",
     "linear_argmax",
     "linear_cross_entropy",
     "linear_to_conv",
@@ -81,6 +94,7 @@ __all__ = [
     "models",
     "muon_dimension_numbers",
     "partition_specs",
+    "per_example_norms",
     "quantize",
     "reconstruction_error",
     "register_weight",

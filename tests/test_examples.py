@@ -102,6 +102,8 @@ def test_digits_explains_its_flags(load, flag, capsys):
         ("lora_digits.py", ["--rank", "0"]),
         ("lora_digits.py", ["--rank", "11"]),
         ("lora_digits.py", ["--adapter-epochs", "0"]),
+        ("which_digits_are_hard.py", ["--swapped", "1294"]),
+        ("which_digits_are_hard.py", ["--noise-multiplier", "0"]),
         ("resume.py", ["--epochs", "1"]),
     ],
 )
@@ -173,6 +175,30 @@ def test_lora_digits(load, capsys):
         assert np.any(layer.weight.up)
         assert layer.weight.scale == 2
     assert f"{result.trained:,} of {result.parameters:,} parameters" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_which_digits_are_hard(load, tmp_path, capfd):
+    picture = tmp_path / "new" / "hard.png"
+    flags = ["--epochs", "10", "--private-steps", "60", "--output", str(picture)]
+    result = load("which_digits_are_hard.py")["main"](flags)
+    labels, count = result.labels, len(result.labels.given)
+    assert labels.swapped.sum() == 65
+    np.testing.assert_array_equal(labels.given != labels.true, labels.swapped)
+    for found in result.found.values():
+        assert found.shape == (count,)
+        assert found[-1] == 1
+    assert result.found["by gradient norm"][count // 10] >= 0.9
+    assert result.found["by influence"][count // 10] >= 0.5
+    assert result.test >= 0.93
+    accuracies, epsilons = result.private
+    assert accuracies[-1] >= 0.8
+    assert (np.diff(epsilons) > 0).all()
+    assert epsilons[-1] == pytest.approx(2.8, abs=0.1)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    printed = capfd.readouterr()
+    assert str(picture) in printed.out
+    assert "60/60" in printed.err
 
 
 @pytest.mark.slow

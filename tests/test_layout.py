@@ -28,6 +28,7 @@ ARROWS = {
     "summary": {"_util", "linear", "mlp", "weights"},
     "models": {"_util", "convert", *LAYERS},
     "interop": {"_util", "models", "weights", *LAYERS},
+    "per_example": {"_util"},
     "sliding": {"_util", "kernels"},
     "train": {"_util"},
     "export": {"_util"},

@@ -12,7 +12,7 @@ from jax import lax
 from jax.extend.core import JaxprEqn
 from jaxtyping import Array
 
-from fclayers.sliding.equations import AnyJaxpr, aval, open_jaxpr
+from fclayers._util.jaxprs import AnyJaxpr, scan_counts
 from fclayers.sliding.pieces import Pieces, arrays_of, layout, with_arrays
 from fclayers.sliding.regions import run as run_lax
 from fclayers.sliding.values import Grid, Unshared, Value, constant
@@ -22,29 +22,6 @@ Run = Callable[[AnyJaxpr, Sequence[Shared]], list[Shared]]
 
 # Scans over layers are unrolled; longer ones are run window by window.
 _MAX_SCAN_LENGTH = 256
-
-# Plain calls, and the parameter that holds their jaxpr.
-_CALLS = {
-    "checkpoint": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr",
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "remat": "jaxpr",
-    "remat2": "jaxpr",
-}
-
-
-def called_jaxpr(eqn: JaxprEqn) -> tuple[AnyJaxpr | None, int]:
-    """The jaxpr that a plain call runs, or `None`, and its first operand."""
-    name = eqn.primitive.name
-    if name in _CALLS:
-        return eqn.params[_CALLS[name]], 0
-    platforms = eqn.params.get("branches_platforms") or ()
-    if name == "cond" and None in platforms:
-        # Formulations for one platform hide what is computed; the default does not.
-        return eqn.params["branches"][platforms.index(None)], 1
-    return None, 0
 
 
 def has_shareable_derivative(eqn: JaxprEqn, values: Sequence[Shared]) -> bool:
@@ -100,17 +77,7 @@ def scan(grid: Grid, run: Run, eqn: JaxprEqn, *values: Shared) -> list[Shared]:
     length, body = eqn.params["length"], eqn.params["jaxpr"]
     if not 0 < length <= _MAX_SCAN_LENGTH:
         raise Unshared(f"is a scan of no or more than {_MAX_SCAN_LENGTH} steps")
-    # What is scanned or stacked has one axis more outside than inside.
-    inner, _ = open_jaxpr(body)
-    scanned = [
-        aval(outside).ndim > aval(inside).ndim
-        for outside, inside in zip(eqn.invars, inner.invars, strict=True)
-    ]
-    num_carry = sum(
-        aval(outside).ndim == aval(inside).ndim
-        for outside, inside in zip(eqn.outvars, inner.outvars, strict=True)
-    )
-    first_carry = scanned.count(False) - num_carry
+    first_carry, num_carry = scan_counts(eqn)
     consts, carry = values[:first_carry], list(values[first_carry : first_carry + num_carry])
     collected = []
     for i in range(length)[:: -1 if eqn.params["reverse"] else 1]:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import JaxprEqn
 
-from fclayers.sliding.equations import aval, out_shapes
+from fclayers._util.jaxprs import aval, out_shapes
 from fclayers.sliding.values import Grid, Unshared, Value, axis_of, constant, step
 
 _POOL = "window_dimensions window_strides padding base_dilation window_dilation"

@@ -7,7 +7,7 @@ import jax
 from jax.extend.core import Jaxpr, JaxprEqn, jaxpr_as_fun
 from jaxtyping import Array
 
-from fclayers.sliding.equations import aval, out_shapes
+from fclayers._util.jaxprs import aval, out_shapes
 from fclayers.sliding.pieces import Pieces, arrays_of, map_blocks
 from fclayers.sliding.values import Grid, Unshared, Value
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from fclayers._util.jaxprs import aval, bind
 from fclayers.sliding.costs import CHUNK_BYTES
 from fclayers.sliding.cutting import cut_window
-from fclayers.sliding.equations import aval, bind
 from fclayers.sliding.interpret import Deferred, Result, Trace
 
 

@@ -2,7 +2,7 @@
 
 from jax.extend.core import JaxprEqn
 
-from fclayers.sliding.equations import bind_one
+from fclayers._util.jaxprs import bind_one
 from fclayers.sliding.layout import align
 from fclayers.sliding.values import Grid, Value, over_positions
 

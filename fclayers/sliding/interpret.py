@@ -12,18 +12,11 @@ from typing import NamedTuple, cast
 import numpy as np
 from jax.extend.core import JaxprEqn, Literal, Var
 
-from fclayers.sliding.calls import CALL_RULES, called_jaxpr, has_shareable_derivative
+from fclayers._util.jaxprs import AnyJaxpr, aval, called_jaxpr, open_jaxpr, out_shapes, source_line
+from fclayers.sliding.calls import CALL_RULES, has_shareable_derivative
 from fclayers.sliding.checks import check_operands, check_shapes, empty_results
 from fclayers.sliding.costs import count_operations, run_if_worth_sharing
-from fclayers.sliding.equations import (
-    AnyJaxpr,
-    aval,
-    open_jaxpr,
-    out_shapes,
-    padding_of,
-    source_line,
-    with_python_integers,
-)
+from fclayers.sliding.equations import padding_of, with_python_integers
 from fclayers.sliding.piece_rules import PIECE_RULES
 from fclayers.sliding.pieces import (
     Pieces,

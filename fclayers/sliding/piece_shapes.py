@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 from jax.extend.core import JaxprEqn
 
-from fclayers.sliding.equations import out_shapes
+from fclayers._util.jaxprs import out_shapes
 from fclayers.sliding.layout import reshape
 from fclayers.sliding.phases import over_phases
 from fclayers.sliding.piece_joins import take

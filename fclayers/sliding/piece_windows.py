@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from jax.extend.core import JaxprEqn
 
-from fclayers.sliding.equations import out_shapes
+from fclayers._util.jaxprs import out_shapes
 from fclayers.sliding.pieces import Cuts, Index, Pieces, indices, kind, one_factor, starts
 from fclayers.sliding.regions import Region, rebind, select, slices_of
 from fclayers.sliding.values import Grid, Unshared, Value, axis_of, step, window_atom

@@ -10,9 +10,9 @@ from jax.extend.core import JaxprEqn
 from jaxtyping import Array
 
 from fclayers._util.dtypes import accumulation_dtype
+from fclayers._util.jaxprs import aval, bind_one
 from fclayers.kernels.convolution import convolve
 from fclayers.kernels.windows import Geometry
-from fclayers.sliding.equations import aval, bind_one
 from fclayers.sliding.values import (
     Atom,
     Grid,

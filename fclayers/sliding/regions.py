@@ -12,8 +12,8 @@ from jax import lax
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 from jaxtyping import Array
 
+from fclayers._util.jaxprs import bind
 from fclayers._util.trees import abstract
-from fclayers.sliding.equations import bind
 from fclayers.sliding.layout import reshape
 from fclayers.sliding.phases import over_phases
 from fclayers.sliding.pieces import (

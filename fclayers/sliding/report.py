@@ -9,8 +9,8 @@ import jax
 from jaxtyping import Array, PyTree
 
 from fclayers._util.errors import public
+from fclayers._util.jaxprs import source_line
 from fclayers._util.tables import format_bytes, format_table
-from fclayers.sliding.equations import source_line
 from fclayers.sliding.interpret import Step, Trace
 from fclayers.sliding.transform import slide_and_trace
 

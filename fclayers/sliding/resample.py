@@ -15,7 +15,7 @@ from jax import lax
 from jax.extend.core import JaxprEqn
 from jaxtyping import Array
 
-from fclayers.sliding.equations import aval
+from fclayers._util.jaxprs import aval
 from fclayers.sliding.piece_joins import concatenate_pieces, stack_and_merge, take
 from fclayers.sliding.pieces import (
     Pieces,

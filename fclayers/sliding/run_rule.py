@@ -6,8 +6,8 @@ from math import prod
 
 from jax.extend.core import JaxprEqn
 
+from fclayers._util.jaxprs import bind, out_shapes
 from fclayers.sliding.checks import check_operands, check_results
-from fclayers.sliding.equations import bind, out_shapes
 from fclayers.sliding.layout import fuse, position_single_elements
 from fclayers.sliding.phases import over_phases
 from fclayers.sliding.rules import RULES

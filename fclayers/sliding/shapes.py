@@ -8,7 +8,7 @@ from jax import lax
 from jax.extend.core import JaxprEqn
 from jaxtyping import Array
 
-from fclayers.sliding.equations import bind, bind_one, out_shapes
+from fclayers._util.jaxprs import bind, bind_one, out_shapes
 from fclayers.sliding.layout import align, align_per_dim, position_single_elements, reshape
 from fclayers.sliding.values import (
     Atom,

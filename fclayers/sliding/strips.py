@@ -12,7 +12,7 @@ from jax import lax
 from jax.extend.core import Jaxpr, jaxpr_as_fun
 from jaxtyping import Array
 
-from fclayers.sliding.equations import aval
+from fclayers._util.jaxprs import aval
 from fclayers.sliding.interpret import Trace
 from fclayers.sliding.values import Grid, Value
 

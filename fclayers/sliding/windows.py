@@ -10,11 +10,11 @@ from jax import lax
 from jax.extend.core import JaxprEqn
 from jaxtyping import Array
 
+from fclayers._util.jaxprs import aval, bind, bind_one, out_shapes
 from fclayers.kernels.convolution import convolve
 from fclayers.kernels.pooling import Pool, reduce_windows
 from fclayers.kernels.unrolled import is_tiny, unrolled_convolve
 from fclayers.kernels.windows import Geometry, Pairs
-from fclayers.sliding.equations import aval, bind, bind_one, out_shapes
 from fclayers.sliding.layout import drop_atom
 from fclayers.sliding.phases import NeedsPhases
 from fclayers.sliding.values import (
