@@ -198,10 +198,11 @@ def test_noise_has_the_deviation_that_was_asked_for():
     layer = fc.init_linear(jax.random.key(0), 300, 200, dtype=jnp.float64)
     batch = jnp.ones((2, 300)), jnp.ones((2, 200))
     for reduction, count in (("sum", 1), ("mean", 2)):
-        noisy = jax.jit(fc.clipped_grad(squares, 2.0, reduction=reduction, noise_multiplier=1.5))
-        _, without = fc.clipped_grad(squares, 2.0, reduction=reduction)(layer, batch)
-        _, one = noisy(layer, batch, key=jax.random.key(1))
-        _, other = noisy(layer, batch, key=jax.random.key(2))
+        clipped = partial(fc.clipped_grad, squares, 2.0, reduction=reduction)
+        noisy = jax.jit(lambda key: clipped(noise_multiplier=1.5, key=key)(layer, batch))  # noqa: B023
+        _, without = clipped()(layer, batch)
+        _, one = noisy(jax.random.key(1))
+        _, other = noisy(jax.random.key(2))
         noise = one.weight - without.weight
         np.testing.assert_allclose(noise.std(), 3.0 / count, rtol=0.02)
         np.testing.assert_allclose(noise.mean(), 0, atol=0.1)
@@ -418,17 +419,17 @@ BAD = {
         "clipped_grad: noise_multiplier must be a number >= 0",
     ),
     "noise without a key": (
-        lambda: fc.clipped_grad(squares, 1.0, noise_multiplier=1.0)(SMALL, BATCH),
+        lambda: fc.clipped_grad(squares, 1.0, noise_multiplier=1.0),
         ValueError,
         "clipped_grad: expected a key with noise and none without, got NoneType",
     ),
     "a key without noise": (
-        lambda: fc.clipped_grad(squares, 1.0)(SMALL, BATCH, key=KEY),
+        lambda: fc.clipped_grad(squares, 1.0, key=KEY),
         ValueError,
         "clipped_grad: expected a key with noise and none without",
     ),
     "not a key": (
-        lambda: fc.clipped_grad(squares, 1.0, noise_multiplier=1.0)(SMALL, BATCH, key=3),
+        lambda: fc.clipped_grad(squares, 1.0, noise_multiplier=1.0, key=3),
         TypeError,
         "clipped_grad: expected one key from jax.random.key",
     ),

@@ -26,6 +26,7 @@ def clipped_grad(
     *,
     reduction: Literal["sum", "mean"] = "sum",
     noise_multiplier: float = 0.0,
+    key: PRNGKeyArray | None = None,
 ) -> Callable[..., tuple[Float[Array, "n"], PyTree[Array]]]:
     """Makes a function that returns the losses and the sum of the examples' clipped gradients.
 
@@ -40,11 +41,13 @@ def clipped_grad(
         noise_multiplier: The standard deviation of the Gaussian noise that is added to every number
             of the sum, in units of `max_norm`. It makes a step differentially private; the privacy
             that steps cost together is for `dp-accounting` or others to count.
+        key: The random key of the noise, a fresh one for each step: make the function inside the
+            jitted step that gets the key, as in the example.
 
     Returns:
-        A function `clipped(params, batch, key=None)` that returns the losses `(N,)` and gradients
-        with the structure, shapes and dtypes of `params`; those of integers are zero. With noise,
-        it takes a key, a fresh one for each step. It can be jitted and sharded over the batch.
+        A function `clipped(params, batch)` that returns the losses `(N,)` and gradients with the
+        structure, shapes and dtypes of `params`; those of integers are zero. It can be jitted and
+        sharded over the batch.
 
     Raises:
         TypeError: As `per_example_norms`, or `key` is not a random key.
@@ -60,14 +63,17 @@ def clipped_grad(
         ...     x, y = example
         ...     return jnp.sum((fc.apply_linear(params, x) - y) ** 2)
         >>> batch = jnp.ones((8, 3)), jnp.ones((8, 2))
-        >>> private = jax.jit(fc.clipped_grad(loss, 1.0, reduction="mean", noise_multiplier=1.1))
-        >>> losses, grads = private(params, batch, key=jax.random.key(1))
+        >>> @jax.jit
+        ... def private(params, batch, key):
+        ...     clipped = fc.clipped_grad(loss, 1.0, noise_multiplier=1.1, key=key)
+        ...     return clipped(params, batch)
+        >>> losses, grads = private(params, batch, jax.random.key(1))
         >>> losses.shape, grads.weight.shape
         ((8,), (3, 2))
 
     Source: `Abadi et al. 2016 <https://arxiv.org/abs/1607.00133>`_.
     """
-    _check(max_norm, reduction, noise_multiplier)
+    _check(max_norm, reduction, noise_multiplier, key)
 
     def clipped(params: PyTree, batch: PyTree, key: PRNGKeyArray | None) -> tuple[Array, PyTree]:
         problem, arrays = pose(loss, params, batch, scalar=True)
@@ -80,13 +86,7 @@ def clipped_grad(
             sums = [a if _is_integer(a) else a / gradients.size for a in sums]
         return gradients.captured.outs, jax.tree.unflatten(problem.structure, sums)
 
-    def on_mesh(
-        params: PyTree, batch: PyTree, key: PRNGKeyArray | None = None
-    ) -> tuple[Array, PyTree]:
-        if (key is None) != (noise_multiplier == 0):
-            raise BadValue(f"expected a key with noise and none without, got {describe(key)}")
-        if key is not None:
-            check_key(key)
+    def on_mesh(params: PyTree, batch: PyTree) -> tuple[Array, PyTree]:
         found: tuple[Array, PyTree] = on_any_mesh(
             clipped, lambda spec: (spec, specs_like(params)), params, batch, key
         )
@@ -158,7 +158,9 @@ def _is_integer(array: Array) -> bool:
     return not jnp.issubdtype(array.dtype, jnp.inexact)
 
 
-def _check(max_norm: ArrayLike, reduction: str, noise_multiplier: float) -> None:
+def _check(
+    max_norm: ArrayLike, reduction: str, noise_multiplier: float, key: PRNGKeyArray | None
+) -> None:
     if not isinstance(max_norm, jax.core.Tracer):
         if jnp.ndim(max_norm) or isinstance(max_norm, (bool, str)):
             raise BadType(f"expected max_norm to be a number, got {describe(max_norm)}")
@@ -170,3 +172,7 @@ def _check(max_norm: ArrayLike, reduction: str, noise_multiplier: float) -> None
         raise BadValue(f"noise_multiplier must be a number >= 0, got {noise_multiplier!r}")
     if noise_multiplier and not isinstance(max_norm, jax.core.Tracer) and not np.isfinite(max_norm):
         raise BadValue(f"noise needs a finite max_norm, got {max_norm}")
+    if (key is None) != (noise_multiplier == 0):
+        raise BadValue(f"expected a key with noise and none without, got {describe(key)}")
+    if key is not None:
+        check_key(key)
