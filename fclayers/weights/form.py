@@ -141,7 +141,7 @@ def terms(weight: Weight, x: Array, in_ndim: int, precision: lax.PrecisionLike) 
     form = _form_of(weight)
     if form.terms is not None:
         return form.terms(weight, x, in_ndim, precision)
-    return ((x, as_matrix(form.dense(weight, in_ndim), in_ndim).astype(x.dtype)),)
+    return ((x, as_matrix(form.dense(weight, in_ndim), in_ndim)),)
 
 
 def convolve(
