@@ -61,10 +61,7 @@ def reduce_losses(
     if where is not None:
         factors = jnp.asarray(where).astype(losses.dtype)
         losses = jnp.where(factors != 0, losses * factors, 0)
-        if weights is None:
-            weights = factors
-        else:
-            weights = jnp.where(factors != 0, weights * factors, 0)
+        weights = factors if weights is None else jnp.where(factors != 0, weights * factors, 0)
     if reduction == "none":
         return losses
     if reduction == "sum":

@@ -129,7 +129,7 @@ def _for_chunks(
     def scanned(carry: Carry, i: Array) -> tuple[Carry, None]:
         return again(i * size, size, carry), None
 
-    carry, _ = lax.scan(scanned, carry, jnp.arange(number))
+    carry, _ = lax.scan(scanned, carry, jnp.arange(number, dtype=jnp.int32))
     return again(places - rest, rest, carry) if rest else carry
 
 
@@ -157,17 +157,18 @@ def _places(chunks: Chunks, start: Start, size: int | None) -> Array:
 def _slice(chunks: Chunks, start: Start, size: int, axis: int, array: Array) -> Array:
     blocks = _in_blocks(chunks, axis, array)
     part = lax.dynamic_slice_in_dim(blocks, start, size, axis + 1)
-    return part.reshape(*array.shape[:axis], chunks.blocks * size, *array.shape[axis + 1 :])
+    shape = *array.shape[:axis], chunks.blocks * size, *array.shape[axis + 1 :]
+    chunk: Array = part.reshape(shape)
+    return chunk
 
 
 def _put(chunks: Chunks, start: Start, array: Array, part: Array) -> Array:
     """Writes into the first axis."""
     blocks, update = _in_blocks(chunks, 0, array), _in_blocks(chunks, 0, part)
-    return lax.dynamic_update_slice_in_dim(blocks, update, start, 1).reshape(array.shape)
+    updated: Array = lax.dynamic_update_slice_in_dim(blocks, update, start, 1)
+    return updated.reshape(array.shape)
 
 
 def _in_blocks(chunks: Chunks, axis: int, array: Array) -> Array:
-    shape = array.shape
-    return array.reshape(
-        *shape[:axis], chunks.blocks, shape[axis] // chunks.blocks, *shape[axis + 1 :]
-    )
+    before, total, after = array.shape[:axis], array.shape[axis], array.shape[axis + 1 :]
+    return array.reshape(*before, chunks.blocks, total // chunks.blocks, *after)

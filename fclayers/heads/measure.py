@@ -1,4 +1,4 @@
-"""Statistics of the logits of layers: from the arguments of public functions to a pass, and back."""
+"""Statistics of the logits of layers: from arguments of public functions to a pass, and back."""
 
 from math import prod
 from typing import Any, NamedTuple
@@ -33,13 +33,17 @@ class Options(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Arrays `(*batch)`; see `Operands`. Where `counts` is false, the input is taken as zeros."""
+    """Arrays `(*batch)`, or `None`.
 
-    counts: Array | None = None
-    temperature: Array | None = None
-    labels: Array | None = None
-    numbers: Array | None = None
-    log_sums: tuple[Array, ...] | None = None
+    Where `counts` is false, the input is taken as zeros; `numbers` tell the positions apart; the
+    others are those of `Operands`.
+    """
+
+    counts: Any = None
+    temperature: Any = None
+    labels: Any = None
+    numbers: Any = None
+    log_sums: Any = None
 
 
 class Checked(NamedTuple):
@@ -74,7 +78,7 @@ def measure(
     layers: tuple[LinearParams, ...],
     inputs: tuple[Array, ...],
     *,
-    rows: Rows = Rows(),
+    rows: Rows,
     class_weights: Array | None = None,
     probabilities: Array | None = None,
     key: Array | None = None,

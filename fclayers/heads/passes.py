@@ -29,7 +29,7 @@ class Head(NamedTuple):
     """A layer as weights with one input and one output axis, the classes, and a bias."""
 
     weights: tuple[Weight, ...]
-    bias: Array | None
+    bias: Any
 
 
 class Operands(NamedTuple):
@@ -45,12 +45,12 @@ class Operands(NamedTuple):
 
     heads: tuple[Head, ...]
     features: tuple[Features, ...]
-    classes: Array
-    temperature: Array | None = None
-    labels: Array | None = None
-    class_weights: Array | None = None
-    keys: Array | None = None
-    log_sums: tuple[Array, ...] | None = None
+    classes: Any
+    temperature: Any = None
+    labels: Any = None
+    class_weights: Any = None
+    keys: Any = None
+    log_sums: Any = None
 
 
 class Settings(NamedTuple):
@@ -85,21 +85,22 @@ def _run_pass_jvp(
 ) -> tuple[PyTree, PyTree]:
     value = run_pass(statistic, settings, *primals)
     arrays, structure = jax.tree.flatten(primals[0])
-    dots = structure.flatten_up_to(tangents[0])
-    moving = [i for i, dot in enumerate(dots) if not isinstance(dot, SymbolicZero)]
+    dots = jax.tree.leaves(tangents[0], is_leaf=_is_zero)
+    moving = [i for i, dot in enumerate(dots) if not _is_zero(dot)]
 
     def sums(moved: list[Array]) -> list[Array]:
         changed = list(arrays)
         for i, array in zip(moving, moved, strict=True):
             changed[i] = array
-        operands = structure.unflatten(changed)
+        operands = jax.tree.unflatten(structure, changed)
 
         def add(part: tuple[Operands, PyTree], total: list[Array]) -> list[Array]:
             more = statistic.sums(_tile(settings, part[0]), part[1])
-            return jax.tree.map(jnp.add, total, jax.tree.leaves(more))
+            return [a + b for a, b in zip(total, jax.tree.leaves(more), strict=True)]
 
         start = [jnp.zeros_like(a) for a in jax.tree.leaves(value) if _is_inexact(a)]
-        return _walk(add, settings, operands, value, start)
+        found: list[Array] = _walk(add, settings, operands, value, start)
+        return found
 
     _, found = jax.jvp(sums, ([arrays[i] for i in moving],), ([dots[i] for i in moving],))
     floats = iter(found)
@@ -122,20 +123,22 @@ def _walk(step: Any, settings: Settings, operands: Operands, value: PyTree, carr
     return walk(step, settings.grid, (operands, value), names, carry, of_columns=of_columns)
 
 
-def _names(operands: Operands) -> PyTree:
-    heads = tuple(
-        Head(tuple(axes(weight, 1) for weight in head.weights), None if head.bias is None else "out")  # type: ignore[arg-type]
+def _names(operands: Operands) -> Operands:
+    """The names of the axes of every array, of which `"row"` and `"out"` are cut."""
+    heads = [
+        Head(
+            tuple(axes(weight, 1) for weight in head.weights), None if head.bias is None else "out"
+        )
         for head in operands.heads
-    )
-    labels = operands.labels
+    ]
     names = Operands(
-        heads,
+        tuple(heads),
         jax.tree.map(lambda _: "row in", operands.features),
-        classes="",  # type: ignore[arg-type]
-        temperature="row",  # type: ignore[arg-type]
-        labels="row" if labels is None or labels.ndim == 1 else "row out",  # type: ignore[arg-type]
-        class_weights="out",  # type: ignore[arg-type]
-        keys="row",  # type: ignore[arg-type]
+        classes="",
+        temperature="row",
+        labels="row" if operands.labels is None or operands.labels.ndim == 1 else "row out",
+        class_weights="out",
+        keys="row",
         log_sums=jax.tree.map(lambda _: "row", operands.log_sums),
     )
     return Operands(*(None if a is None else n for a, n in zip(operands, names, strict=True)))  # type: ignore[arg-type]
@@ -188,6 +191,10 @@ def _narrow_product_jvp(
 
 def _wide(dtype: DTypeLike) -> DTypeLike:
     return accumulation_dtype(dtype) or dtype
+
+
+def _is_zero(tangent: Any) -> bool:
+    return isinstance(tangent, SymbolicZero)
 
 
 def _is_inexact(array: Array) -> bool:

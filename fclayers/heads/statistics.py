@@ -10,7 +10,9 @@ from jaxtyping import Array, PyTree
 
 
 class Tile(NamedTuple):
-    """The logits of some rows and classes, `(rows, classes)`, of every head, and what goes along.
+    """The logits of some rows and classes, `(rows, classes)`, and what goes along.
+
+    All but the first three are `None` where no statistic needs them.
 
     Attributes:
         logits: One array per head.
@@ -25,10 +27,10 @@ class Tile(NamedTuple):
     logits: tuple[Array, ...]
     classes: Array
     consecutive: bool
-    labels: Array
+    labels: Any
     class_weights: Array | None
-    keys: Array
-    log_sums: tuple[Array, ...]
+    keys: Any
+    log_sums: Any
 
 
 class Statistic(NamedTuple):
@@ -194,9 +196,17 @@ class Divergence(NamedTuple):
 def divergence(p: int, q: int) -> Statistic:
     """The Kullback-Leibler divergence between the heads numbered `p` and `q`, Σ p log(p / q)."""
 
+    def relative(tile: Tile, log_sum_p: Array, log_sum_q: Array, offset: Any) -> Array:
+        """Σ p (log(p / q) - offset) over the possible classes of p."""
+        possible = tile.logits[p] > -jnp.inf
+        log_p = jnp.where(possible, tile.logits[p], 0) - _shift(log_sum_p)[:, None]
+        log_q = jnp.where(possible, tile.logits[q], 0) - _shift(log_sum_q)[:, None]
+        weights = jnp.where(possible, jnp.exp(log_p), 0)
+        return jnp.where(possible, weights * (log_p - log_q - offset), 0).sum(1)
+
     def of(tile: Tile) -> Divergence:
-        log_sums = (jax.nn.logsumexp(tile.logits[i], 1) for i in (p, q))
-        return _sums(tile, *log_sums, offset=0.0)
+        log_sum_p, log_sum_q = (jax.nn.logsumexp(tile.logits[i], 1) for i in (p, q))
+        return Divergence(log_sum_p, log_sum_q, relative(tile, log_sum_p, log_sum_q, 0))
 
     def merge(values: Divergence) -> Divergence:
         log_sum_p, log_sum_q = (jax.nn.logsumexp(value, 0) for value in values[:2])
@@ -205,18 +215,12 @@ def divergence(p: int, q: int) -> Statistic:
         change = jnp.where(share > 0, values.divergence + change, 0)
         return Divergence(log_sum_p, log_sum_q, (share * change).sum(0))
 
-    def _sums(tile: Tile, log_sum_p: Array, log_sum_q: Array, offset: Any) -> Divergence:
-        possible = tile.logits[p] > -jnp.inf
-        log_p = jnp.where(possible, tile.logits[p], 0) - _shift(log_sum_p)[:, None]
-        log_q = jnp.where(possible, tile.logits[q], 0) - _shift(log_sum_q)[:, None]
-        weights = jnp.where(possible, jnp.exp(log_p), 0)
-        return Divergence(log_sum_p, log_sum_q, (weights * (log_p - log_q - offset)).sum(1))
-
     def sums(tile: Tile, value: Divergence) -> Divergence:
-        sum_p = _sum_of_exp(tile.logits[p], value.log_sum_p)
-        sum_q = _sum_of_exp(tile.logits[q], value.log_sum_q)
-        relative = _sums(tile, *value[:2], offset=value.divergence[:, None] + 1).divergence
-        return Divergence(sum_p, sum_q, relative + sum_q)
+        log_sum_p, log_sum_q, found = value
+        sum_p = _sum_of_exp(tile.logits[p], log_sum_p)
+        sum_q = _sum_of_exp(tile.logits[q], log_sum_q)
+        rest = relative(tile, log_sum_p, log_sum_q, found[:, None] + 1)
+        return Divergence(sum_p, sum_q, rest + sum_q)
 
     return Statistic(
         of=of,
@@ -244,10 +248,10 @@ JENSEN_SHANNON = _additive(_jensen_shannon)
 
 
 class Draw(NamedTuple):
-    """The class with the largest perturbed logit, that, and its logit."""
+    """The largest perturbed logit, its class, and the logit of that."""
 
-    score: Array
-    label: Array
+    score: Any
+    label: Any
     logit: Array
 
 
@@ -269,7 +273,7 @@ DRAW = Statistic(
     merge=lambda values: Draw(
         *(jnp.take_along_axis(a, values.score.argmax(0)[None], 0)[0] for a in values)
     ),
-    sums=lambda tile, value: Draw(  # type: ignore[arg-type]
+    sums=lambda tile, value: Draw(
         None, None, _of_label(tile._replace(labels=value.label), tile.logits[0])
     ),
     start=lambda rows, dtype: Draw(
@@ -282,12 +286,12 @@ class Largest(NamedTuple):
     """The largest logits, in order, and their classes, each `(rows, k)`."""
 
     logits: Array
-    classes: Array
+    classes: Any
 
 
 def largest(k: int, *, in_order: bool) -> Statistic:
     """The `k` largest logits; `in_order` if tiles of at least `k` classes come in their order."""
-    nothing = jnp.iinfo(jnp.int32).max
+    nothing = 2**31 - 1
 
     def of(tile: Tile) -> Largest:
         (z,) = tile.logits
@@ -313,8 +317,8 @@ def largest(k: int, *, in_order: bool) -> Statistic:
         return Largest(*(jnp.where(none, a[1], b) for a, b in zip(values, best, strict=True)))
 
     def sums(tile: Tile, value: Largest) -> Largest:
-        one = jax.vmap(lambda label: _of_label(tile._replace(labels=label), tile.logits[0]), 1, 1)
-        return Largest(one(value.classes), None)  # type: ignore[arg-type]
+        hits = value.classes[:, :, None] == tile.classes
+        return Largest(jnp.where(hits, tile.logits[0][:, None], 0).sum(2), None)
 
     return Statistic(
         of=of,
