@@ -10,6 +10,7 @@ the process during its first call, without the gradients. It is printed and writ
 `outputs/benchmarks/heads_memory.json`; `draw_heads.py` draws it against the times.
 """
 
+import ctypes
 import json
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -96,15 +97,18 @@ def torch_losses(shape: Shape) -> dict[str, Callable[[], Any]]:
             F.linear_cross_entropy, inputs, weight, targets, linear_bias=bias, options=options
         )
 
-    def backward(loss: Callable[[], torch.Tensor]) -> None:
+    def clear() -> None:
         for tensor in (weight, bias, inputs):
             tensor.grad = None
+
+    def backward(loss: Callable[[], torch.Tensor]) -> None:
+        clear()
         loss().backward()
 
     results = sum(tensor.nbytes for tensor in (weight, bias, inputs))
     case = named("cross-entropy", shape)
     return {
-        name: first_measured(case, name, partial(backward, loss), results)
+        name: first_measured(case, name, partial(backward, loss), clear, results)
         for name, loss in losses.items()
     }
 
@@ -200,7 +204,7 @@ def compiled(
 
 
 def first_measured(
-    case: str, name: str, call: Callable[[], Any], results: int
+    case: str, name: str, call: Callable[[], Any], clear: Callable[[], Any], results: int
 ) -> Callable[[], Any]:
     """A call that notes by how much its first run lets the process grow, without its results."""
     done = False
@@ -210,6 +214,8 @@ def first_measured(
         if done:
             call()
             return
+        clear()
+        ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
         before = _kilobytes("VmRSS")
         call()

@@ -150,16 +150,16 @@ def _places(chunks: Chunks, start: Start, size: int | None) -> Array:
     """The numbers of the places in a chunk."""
     if size is None:
         return jnp.arange(chunks.total, dtype=jnp.int32)
-    first_of_block = jnp.arange(chunks.blocks, dtype=jnp.int32) * (chunks.total // chunks.blocks)
-    return (first_of_block[:, None] + start + jnp.arange(size, dtype=jnp.int32)).ravel()
+    first = jnp.arange(chunks.blocks, dtype=jnp.int32) * (chunks.total // chunks.blocks)
+    places: Array = first[:, None] + start + jnp.arange(size, dtype=jnp.int32)
+    return places.ravel()
 
 
 def _slice(chunks: Chunks, start: Start, size: int, axis: int, array: Array) -> Array:
     blocks = _in_blocks(chunks, axis, array)
     part = lax.dynamic_slice_in_dim(blocks, start, size, axis + 1)
-    shape = *array.shape[:axis], chunks.blocks * size, *array.shape[axis + 1 :]
-    chunk: Array = part.reshape(shape)
-    return chunk
+    before, after = array.shape[:axis], array.shape[axis + 1 :]
+    return part.reshape(*before, chunks.blocks * size, *after)
 
 
 def _put(chunks: Chunks, start: Start, array: Array, part: Array) -> Array:

@@ -43,7 +43,7 @@ class Statistic(NamedTuple):
             those of each, stacked along the first axis.
         sums: `sums(tile, value)` returns sums over the classes of the tile, whose derivatives with
             respect to it, with the statistic of whole rows held fixed, are those of the statistic;
-            `None` for arrays without derivative.
+            `None` for arrays of integers.
         start: `start(rows, dtype)` returns the statistic of no classes.
     """
 
@@ -274,7 +274,9 @@ DRAW = Statistic(
         *(jnp.take_along_axis(a, values.score.argmax(0)[None], 0)[0] for a in values)
     ),
     sums=lambda tile, value: Draw(
-        None, None, _of_label(tile._replace(labels=value.label), tile.logits[0])
+        jnp.zeros_like(value.score),
+        None,
+        _of_label(tile._replace(labels=value.label), tile.logits[0]),
     ),
     start=lambda rows, dtype: Draw(
         _lowest(rows, dtype), jnp.zeros(rows, jnp.int32), _lowest(rows, dtype)
