@@ -156,17 +156,14 @@ def policy_gradient(reference: Model, unwanted: int) -> LossFn:
 
 
 def train(
-    what: str,
     model: Model,
     data: np.ndarray,
     loss_fn: LossFn,
     key: jax.Array,
-    *,
-    batch_size: int = BATCH_SIZE,
     learning_rate: float,
+    batch_size: int = BATCH_SIZE,
 ) -> tuple[Model, Curves]:
     """Trains by one pass over the data; returns the metrics of every step, too."""
-    print(what, flush=True)
     schedule = optax.cosine_decay_schedule(learning_rate, len(data) // batch_size)
     optimizer = optax.adamw(schedule, weight_decay=1e-2)
     state = fc.train.init_state(model, optimizer, key)
@@ -230,46 +227,24 @@ def main(argv: list[str] | None = None) -> Result:
         most = len(text.train) // BATCH_SIZE
         if getattr(args, name) > most:
             flags.error(f"--{name.replace('_', '-')} must be at most {most}")
-    keys = jax.random.split(jax.random.key(args.seed), 7)
-    new_teacher, new_student = (
+    keys = jax.random.split(jax.random.key(args.seed), 6)
+    teacher, untrained = (
         init_model(key, len(text.characters), *sizes)
-        for key, sizes in zip(keys, (TEACHER, STUDENT), strict=False)
+        for key, sizes in ((keys[0], TEACHER), (keys[1], STUDENT))
     )
 
+    print("Training the teacher", flush=True)
     windows = text.train[: args.steps * BATCH_SIZE]
-    teacher, of_teacher = train(
-        "Training the teacher", new_teacher, windows, cross_entropy, keys[2], learning_rate=3e-3
-    )
+    teacher, of_teacher = train(teacher, windows, cross_entropy, keys[2], 3e-3)
+    print("Training a student from the text", flush=True)
     windows = text.train[: args.student_steps * BATCH_SIZE]
-    alone, of_alone = train(
-        "Training a student from the text",
-        new_student,
-        windows,
-        cross_entropy,
-        keys[3],
-        learning_rate=5e-3,
-    )
-    student, of_student = train(
-        "Training the same student from the teacher",
-        new_student,
-        windows,
-        distillation(teacher),
-        keys[3],
-        learning_rate=5e-3,
-    )
-    unwanted = int(np.flatnonzero(text.characters == UNWANTED)[0])
-    tuned, policy = train(
-        f"Fine-tuning it to write without {UNWANTED}",
-        student,
-        text.train[: args.policy_steps * PROMPTS, :-1],
-        policy_gradient(student, unwanted),
-        keys[4],
-        batch_size=PROMPTS,
-        learning_rate=1e-3,
-    )
-
-    def sizes(model: Model) -> int:
-        return sum(a.size for a in jax.tree.leaves(model))
+    alone, of_alone = train(untrained, windows, cross_entropy, keys[3], 5e-3)
+    print("Training the same student from the teacher", flush=True)
+    student, of_student = train(untrained, windows, distillation(teacher), keys[3], 5e-3)
+    print(f"Fine-tuning it to write without {UNWANTED}", flush=True)
+    loss_fn = policy_gradient(student, int(np.flatnonzero(text.characters == UNWANTED)[0]))
+    prompts = text.train[: args.policy_steps * PROMPTS, :-1]
+    tuned, policy = train(student, prompts, loss_fn, keys[4], 1e-3, batch_size=PROMPTS)
 
     test = jax.jit(cross_entropy)
     prompts = text.test[:: len(text.test) // 5][:5, :-1]
@@ -293,12 +268,13 @@ def main(argv: list[str] | None = None) -> Result:
         after=continued(tuned),
     )
     print("\nOn unseen text, in nats per character")
-    print(f"Teacher                    {result.teacher:.3f}  {sizes(teacher):7,} parameters")
-    print(f"Student, from the text     {result.from_text:.3f}  {sizes(student):7,}")
+    sizes = [sum(a.size for a in jax.tree.leaves(model)) for model in (teacher, student)]
+    print(f"Teacher                    {result.teacher:.3f}  {sizes[0]:7,} parameters")
+    print(f"Student, from the text     {result.from_text:.3f}  {sizes[1]:7,}")
     print(f"Student, from the teacher  {result.from_teacher:.3f}")
-    first, last = (policy["share"][i] for i in (0, -1))
-    print(f"Share of {UNWANTED}  {first:.1%} before fine-tuning, {last:.1%} after")
-    print(f"Divergence  {policy['divergence'][-1]:.2f} nats per character")
+    first, last = policy["share"][0], policy["share"][-10:].mean()
+    print(f"Share of {UNWANTED}  {first:.1%} before fine-tuning, {last:.1%} in its last steps")
+    print(f"Divergence  {policy['divergence'][-10:].mean():.2f} nats per character")
     plot(args.output, result)
     return result
 
