@@ -1,28 +1,59 @@
-"""Large heads: the cross-entropy without logits, and the layer in int8 and at low rank.
+"""Large heads: losses, log-probabilities and samples without logits; int8 and low-rank layers.
 
-`python benchmarks/heads.py` (the `peers` and `examples` extras). The cross-entropy is its mean over
-2,048 positions and its gradients with respect to weight, bias and input; in PyTorch by
-`cross_entropy` on the logits, by `linear_cross_entropy`, and by that with its chunked option. The
-layers are one forward call; float32 is the plain layer.
+`python benchmarks/heads.py` (the `peers` and `examples` extras). A cross-entropy is its mean over
+all positions and its gradients with respect to weight, bias and input. jax-cce and Tokamax take no
+bias. In PyTorch it is `cross_entropy` of the logits, `linear_cross_entropy`, and that with its
+chunked options. The layers are one forward call; float32 is the plain layer.
+
+The memory of a JAX function is what XLA reports for its temporaries, that of PyTorch the growth of
+the process during its first call, without the gradients. It is printed and written to
+`outputs/benchmarks/heads_memory.json`; `draw_heads.py` draws it against the times.
 """
 
+import ctypes
+import json
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import jax_cce
 import numpy as np
 import optax
 import timing
+import tokamax
 import torch
 import torch.nn.functional as F  # noqa: N812 (its usual name)
+from absl import flags
 from torch.nn.modules.linear_cross_entropy_options import LinearCrossEntropyOptions
 
 import fclayers as fc
 
 Candidates = Mapping[str, Callable[[], Any]]
+Shape = tuple[int, int, int]  # positions, features, classes
 
-POSITIONS, FEATURES, CLASSES = 2048, 512, 32_768
+SMALL, LARGE = (2048, 512, 32_768), (8192, 256, 131_072)
+MEMORY_FILE = Path("outputs/benchmarks/heads_memory.json")
+OPTIONS = {
+    "chunked": LinearCrossEntropyOptions(),
+    "chunked, aspect 1": LinearCrossEntropyOptions(chunking_method="aspect_ratio"),
+    "chunked, accurate": LinearCrossEntropyOptions(acc_policy="accurate"),
+}
+
+
+def named(what: str, shape: Shape) -> str:
+    """The name of a case."""
+    return f"{what} {shape[0]} × {shape[1]} → {shape[2]}"
+
+
+def arrays(shape: Shape) -> tuple[fc.LinearParams, jax.Array, jax.Array]:
+    """A head, its input, and labels."""
+    positions, features, classes = shape
+    params = fc.init_linear(jax.random.key(0), features, classes)
+    x = jax.random.normal(jax.random.key(1), (positions, features))
+    return params, x, jax.random.randint(jax.random.key(2), (positions,), 0, classes)
 
 
 def plain_loss(params: fc.LinearParams, x: jax.Array, labels: jax.Array) -> jax.Array:
@@ -30,43 +61,182 @@ def plain_loss(params: fc.LinearParams, x: jax.Array, labels: jax.Array) -> jax.
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
-def cross_entropy() -> Candidates:
-    params = fc.init_linear(jax.random.key(0), FEATURES, CLASSES)
-    x = jax.random.normal(jax.random.key(1), (POSITIONS, FEATURES))
-    labels = jax.random.randint(jax.random.key(2), (POSITIONS,), 0, CLASSES)
-    losses = {
-        "fclayers": partial(fc.linear_cross_entropy, reduction="mean"),
-        "plain jax": plain_loss,
-    }
-    calls: dict[str, Callable[[], Any]] = {}
-    for name, loss in losses.items():
-        step = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(params, x, labels).compile()
-        print(f"{name}: {step.memory_analysis().temp_size_in_bytes / 1e6:.1f} MB of temporaries")
-        calls[name] = partial(_ready, step, params, x, labels)
+mean_loss = partial(fc.linear_cross_entropy, reduction="mean")
 
+
+def jax_losses(shape: Shape) -> dict[str, Callable[[], Any]]:
+    """The cross-entropy with its gradients, by libraries on JAX."""
+    params, x, labels = arrays(shape)
+    weight = params.weight
+    case = named("cross-entropy", shape)
+    tokamax_loss = partial(tokamax.linear_softmax_cross_entropy_loss, reduction="mean")
+    return {
+        "fclayers": compiled(case, "fclayers", mean_loss, (params, x, labels), (0, 1)),
+        "plain jax": compiled(case, "plain jax", plain_loss, (params, x, labels), (0, 1)),
+        "jax-cce": compiled(
+            case, "jax-cce", jax_cce.linear_cross_entropy, (x, weight.T, labels), (0, 1)
+        ),
+        "tokamax": compiled(case, "tokamax", tokamax_loss, (x, labels, weight), (0, 2)),
+    }
+
+
+def torch_losses(shape: Shape) -> dict[str, Callable[[], Any]]:
+    """The cross-entropy with its gradients, by PyTorch's functions."""
+    params, x, labels = arrays(shape)
     weight, bias, inputs = (
         torch.tensor(np.asarray(array), requires_grad=True)
         for array in (params.weight.T, params.bias, x)
     )
     targets = torch.tensor(np.asarray(labels), dtype=torch.int64)
+    losses = {
+        "torch": lambda: F.cross_entropy(F.linear(inputs, weight, bias), targets),
+        "torch linear": lambda: F.linear_cross_entropy(inputs, weight, targets, linear_bias=bias),
+    }
+    for name, options in OPTIONS.items():
+        losses[f"torch {name}"] = partial(
+            F.linear_cross_entropy, inputs, weight, targets, linear_bias=bias, options=options
+        )
 
-    def backward(loss: Callable[[], torch.Tensor]) -> None:
+    def clear() -> None:
         for tensor in (weight, bias, inputs):
             tensor.grad = None
+
+    def backward(loss: Callable[[], torch.Tensor]) -> None:
+        clear()
         loss().backward()
 
-    calls["torch"] = partial(
-        backward, lambda: F.cross_entropy(F.linear(inputs, weight, bias), targets)
-    )
-    calls["torch linear"] = partial(
-        backward, lambda: F.linear_cross_entropy(inputs, weight, targets, linear_bias=bias)
-    )
-    options = LinearCrossEntropyOptions()
-    calls["torch chunked"] = partial(
-        backward,
-        lambda: F.linear_cross_entropy(inputs, weight, targets, linear_bias=bias, options=options),
-    )
-    return calls
+    results = sum(tensor.nbytes for tensor in (weight, bias, inputs))
+    case = named("cross-entropy", shape)
+    return {
+        name: first_measured(case, name, partial(backward, loss), clear, results)
+        for name, loss in losses.items()
+    }
+
+
+def all_losses(shape: Shape) -> Candidates:
+    return {**jax_losses(shape), **torch_losses(shape)}
+
+
+def beside_torch(shape: Shape) -> Candidates:
+    """Half of the candidates, of a case that takes minutes."""
+    return {"fclayers": jax_losses(shape)["fclayers"], **torch_losses(shape)}
+
+
+def chunk_sizes(shape: Shape) -> Candidates:
+    """The same loss by chunks of a quarter of the default's size to all classes."""
+    case, inputs = named("chunk size", shape), arrays(shape)
+    sizes = [None, *(shape[2] // parts for parts in (256, 64, 16, 4))]
+    return {
+        str(size or "default"): compiled(
+            case, str(size or "default"), partial(mean_loss, chunk_size=size), inputs, (0, 1)
+        )
+        for size in sizes
+    }
+
+
+def log_prob(shape: Shape) -> Candidates:
+    """A policy gradient's log-probabilities and entropies, beside the loss alone."""
+
+    def objective(params: fc.LinearParams, x: jax.Array, labels: jax.Array) -> jax.Array:
+        log_prob, entropy = fc.linear_log_prob(params, x, labels)
+        return -(log_prob + 0.01 * entropy).mean()
+
+    def plain(params: fc.LinearParams, x: jax.Array, labels: jax.Array) -> jax.Array:
+        log_probs = jax.nn.log_softmax(fc.apply_linear(params, x))
+        entropy = -(jnp.exp(log_probs) * log_probs).sum(-1)
+        log_prob = jnp.take_along_axis(log_probs, labels[:, None], axis=-1)[:, 0]
+        return -(log_prob + 0.01 * entropy).mean()
+
+    case, inputs = named("log-probability and entropy", shape), arrays(shape)
+    functions = {"fclayers": objective, "loss alone": mean_loss, "plain jax": plain}
+    return {
+        name: compiled(case, name, function, inputs, (0, 1)) for name, function in functions.items()
+    }
+
+
+def distillation(shape: Shape) -> Candidates:
+    """The divergence from a teacher of the same size, with the student's gradients."""
+    params, x, _ = arrays(shape)
+    teacher = fc.init_linear(jax.random.key(3), *shape[1:])
+
+    def plain(student: fc.LinearParams, x: jax.Array, teacher: fc.LinearParams) -> jax.Array:
+        p, q = (jax.nn.log_softmax(fc.apply_linear(head, x)) for head in (teacher, student))
+        return (jnp.exp(p) * (p - q)).sum(-1).mean()
+
+    def ours(student: fc.LinearParams, x: jax.Array, teacher: fc.LinearParams) -> jax.Array:
+        x_teacher = jax.lax.stop_gradient(x)
+        return fc.linear_distillation(student, teacher, x, x_teacher, reduction="mean")
+
+    case, inputs = named("distillation", shape), (params, x, teacher)
+    return {
+        "fclayers": compiled(case, "fclayers", ours, inputs, (0, 1)),
+        "plain jax": compiled(case, "plain jax", plain, inputs, (0, 1)),
+    }
+
+
+def sample(shape: Shape) -> Candidates:
+    """One draw for every position."""
+    params, x, _ = arrays(shape)
+
+    def plain(key: jax.Array, params: fc.LinearParams, x: jax.Array) -> jax.Array:
+        return jax.random.categorical(key, fc.apply_linear(params, x))
+
+    case, inputs = named("sample", shape), (jax.random.key(3), params, x)
+    return {
+        "fclayers": compiled(case, "fclayers", fc.linear_sample, inputs),
+        "plain jax": compiled(case, "plain jax", plain, inputs),
+    }
+
+
+def compiled(
+    case: str,
+    name: str,
+    function: Callable[..., Any],
+    inputs: tuple[Any, ...],
+    differentiated: tuple[int, ...] = (),
+) -> Callable[[], Any]:
+    """A call of the compiled function, or of its value and gradients; notes its temporaries."""
+    if differentiated:
+        function = jax.value_and_grad(function, differentiated)
+    program = jax.jit(function).lower(*inputs).compile()
+    note_memory(case, name, program.memory_analysis().temp_size_in_bytes)
+    return partial(_ready, program, *inputs)
+
+
+def first_measured(
+    case: str, name: str, call: Callable[[], Any], clear: Callable[[], Any], results: int
+) -> Callable[[], Any]:
+    """A call that notes by how much its first run lets the process grow, without its results."""
+    done = False
+
+    def measured() -> None:
+        nonlocal done
+        if done:
+            call()
+            return
+        clear()
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+        before = _kilobytes("VmRSS")
+        call()
+        note_memory(case, name, max(0, 1024 * (_kilobytes("VmHWM") - before) - results))
+        done = True
+
+    return measured
+
+
+def note_memory(case: str, name: str, size: int) -> None:
+    """Prints bytes, and puts them into `MEMORY_FILE`."""
+    print(f"{case}, {name}: {size / 1e6:.1f} MB")
+    notes = json.loads(MEMORY_FILE.read_text()) if MEMORY_FILE.exists() else {}
+    notes.setdefault(case, {})[name] = size
+    MEMORY_FILE.parent.mkdir(parents=True, exist_ok=True)
+    MEMORY_FILE.write_text(json.dumps(notes, indent=2) + "\n")
+
+
+def _kilobytes(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(name)).split()[1])
 
 
 def int8(batch: int, in_features: int, out_features: int) -> Candidates:
@@ -105,7 +275,13 @@ def _ready(function: Callable[..., Any], *args: Any) -> Any:
 
 
 CASES = {
-    f"cross-entropy {POSITIONS} × {FEATURES} → {CLASSES}": cross_entropy,
+    named("cross-entropy", SMALL): partial(all_losses, SMALL),
+    named("chunk size", SMALL): partial(chunk_sizes, SMALL),
+    named("log-probability and entropy", SMALL): partial(log_prob, SMALL),
+    named("distillation", SMALL): partial(distillation, SMALL),
+    named("sample", SMALL): partial(sample, SMALL),
+    f"{named('cross-entropy', LARGE)}, JAX": partial(jax_losses, LARGE),
+    f"{named('cross-entropy', LARGE)}, PyTorch": partial(beside_torch, LARGE),
     **{
         f"int8 ({batch}, {inputs}) → 4096": partial(int8, batch, inputs, 4096)
         for inputs in (4096, 25088)
@@ -119,4 +295,5 @@ CASES = {
 }
 
 if __name__ == "__main__":
+    flags.FLAGS(["heads.py"])  # else Tokamax parses the command line
     timing.run(CASES, default_output="outputs/benchmarks/heads.json")

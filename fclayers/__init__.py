@@ -8,7 +8,10 @@ from fclayers.conv import ConvParams, apply_conv, init_conv
 from fclayers.convert import conv_to_linear, linear_to_conv, mlp_to_conv
 from fclayers.export import export_apply, load_exported
 from fclayers.heads.cross_entropy import linear_cross_entropy
+from fclayers.heads.distillation import linear_distillation
+from fclayers.heads.log_prob import LogProb, linear_log_prob, linear_logsumexp
 from fclayers.heads.predictions import linear_argmax, linear_top_k
+from fclayers.heads.sample import Sample, linear_sample
 from fclayers.linear import LinearParams, apply_linear, init_linear
 from fclayers.mlp import apply_mlp, init_mlp
 from fclayers.per_example.clipping import clipped_grad
@@ -37,6 +40,7 @@ from fclayers.weights.lora import Lora, add_lora, lora_mask
 from fclayers.weights.lowrank import LowRank, low_rank
 from fclayers.weights.muon import muon_dimension_numbers
 from fclayers.weights.plain import materialize
+from fclayers.weights.transposed import Transposed
 from fclayers.weights.weightnorm import WeightNorm, weight_norm
 
 __version__ = version("fclayers")
@@ -50,13 +54,16 @@ __all__ = [
     "Int8",
     "KroneckerFactors",
     "LinearParams",
+    "LogProb",
     "Lora",
     "LowRank",
     "PerExampleReport",
     "PerExampleRow",
+    "Sample",
     "SlideReport",
     "Summary",
     "SummaryRow",
+    "Transposed",
     "WeightForm",
     "WeightNorm",
     "add_lora",
@@ -82,6 +89,10 @@ __all__ = [
     "kronecker_factors",
     "linear_argmax",
     "linear_cross_entropy",
+    "linear_distillation",
+    "linear_log_prob",
+    "linear_logsumexp",
+    "linear_sample",
     "linear_to_conv",
     "linear_top_k",
     "load_exported",

@@ -192,7 +192,7 @@ def _layer_specs(layer: PyTree, kind: Kind, mesh_axis: MeshAxis) -> PyTree:
             place = names.index("out")
         elif kind == "row" and "in" in names:
             channels = isinstance(layer, ConvParams)
-            place = len(in_shape) - 1 if channels else names.index("in")
+            place = names.index("in") + (len(in_shape) - 1 if channels else 0)
         return partition() if place is None else _along(place, array.ndim, mesh_axis)
 
     bias = layer.bias

@@ -47,6 +47,12 @@ def block_diagonal(layer):
     return fc.block_diagonal(layer, num_blocks=gcd(in_shape[-1], out_shape[-1]))
 
 
+def transposed(layer):
+    inputs = range(in_ndim(layer))
+    array = jnp.moveaxis(layer.weight, inputs, range(-len(inputs), 0))
+    return layer._replace(weight=fc.Transposed(array))
+
+
 # Functions of a layer whose weight is an array; without a bias, of one with one output axis.
 FORMS = {
     "plain": lambda layer: layer,
@@ -62,6 +68,8 @@ FORMS = {
     "block diagonal": block_diagonal,
     "adapted low rank": lambda layer: adapted(fc.low_rank(layer, rank=rank(layer))),
     "adapted blocks": lambda layer: adapted(block_diagonal(layer)),
+    "transposed": transposed,
+    "adapted transposed": lambda layer: adapted(transposed(layer)),
 }
 
 
@@ -81,6 +89,9 @@ def weight_of(weight, in_ndim):
             matrix = weight_of(direction, in_ndim)
             norms = np.sqrt((matrix**2).sum(tuple(range(in_ndim))))
             return matrix * np.asarray(magnitude, np.float64) / np.where(norms > 0, norms, 1)
+        case fc.Transposed(array):
+            outputs = range(array.ndim - in_ndim)
+            return np.moveaxis(np.asarray(array, np.float64), outputs, range(-len(outputs), 0))
         case fc.BlockDiagonal(blocks):
             return _written_out(np.asarray(blocks, np.float64), in_ndim)
     return np.asarray(weight, np.float64)

@@ -104,6 +104,8 @@ def test_digits_explains_its_flags(load, flag, capsys):
         ("lora_digits.py", ["--adapter-epochs", "0"]),
         ("which_digits_are_hard.py", ["--swapped", "1294"]),
         ("which_digits_are_hard.py", ["--noise-multiplier", "0"]),
+        ("character_model.py", ["--steps", "0"]),
+        ("character_model.py", ["--policy-steps", "100000"]),
         ("resume.py", ["--epochs", "1"]),
     ],
 )
@@ -199,6 +201,23 @@ def test_which_digits_are_hard(load, tmp_path, capfd):
     printed = capfd.readouterr()
     assert str(picture) in printed.out
     assert "60/60" in printed.err
+
+
+@pytest.mark.slow
+def test_character_model(load, tmp_path, capfd):
+    picture = tmp_path / "new" / "model.png"
+    flags = ["--steps", "200", "--student-steps", "200", "--policy-steps", "20"]
+    result = load("character_model.py")["main"]([*flags, "--output", str(picture)])
+    assert result.from_teacher < result.from_text < 2.5
+    assert result.teacher < 2.2
+    shares = result.policy["share"]
+    assert shares[-5:].mean() < 0.3 * shares[:2].mean()
+    before, after = ("".join(texts).count("e") for texts in (result.before, result.after))
+    assert after < before
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    printed = capfd.readouterr()
+    assert str(picture) in printed.out
+    assert len(re.findall(r"100%.*epoch=1/1", printed.err)) >= 4
 
 
 @pytest.mark.slow

@@ -306,6 +306,70 @@ def check_cross_entropy_leaves_the_classes_where_they_are():
         assert sum(size for _, size in moved) == gradients + rows + 4
 
 
+def check_heads_on_auto_axes_do_not_gather_the_classes():
+    layer = fc.init_linear(KEY, 16, 4096)
+    x, labels = jax.random.normal(KEY, (8, 16)), jnp.arange(8) * 500
+    sizes = {"chunk_size": 256, "row_chunk_size": 4}
+
+    def loss(params, x, labels):
+        return fc.linear_cross_entropy(params, x, labels, reduction="mean", **sizes)
+
+    def log_prob(params, x, labels):
+        return sum(a.sum() for a in fc.linear_log_prob(params, x, labels, **sizes))
+
+    auto = [mesh for mesh in meshes((2, 4)) if not mesh.explicit_axes]
+    assert auto
+    for mesh in auto:
+        for transposed in (False, True):
+            params, spec = layer, P(None, "model")
+            if transposed:
+                params, spec = layer._replace(weight=fc.Transposed(layer.weight.T)), P("model")
+                spec = fc.Transposed(P("model", None))
+            specs = fc.LinearParams(spec, P("model")), P("data", None), P("data")
+            with jax.set_mesh(mesh):
+                args = fc.shard((params, x, labels), mesh, specs)
+                for function in (loss, log_prob):
+                    run = jax.value_and_grad(function, (0, 1))
+                    assert_close(jax.jit(run)(*args), run(params, x, labels))
+                    assert {name for name, _ in traffic(run, *args)} == {"all-reduce"}
+
+
+def check_other_functions_of_heads():
+    layer, teacher = fc.init_linear(KEY, 16, 48), fc.init_linear(jax.random.key(1), 12, 48)
+    x, x_teacher = jax.random.normal(KEY, (8, 3, 16)), jax.random.normal(KEY, (8, 3, 12))
+    labels = jax.random.randint(KEY, (8, 3), 0, 48)
+    soft, weights = jax.nn.softmax(jax.random.normal(KEY, (8, 3, 48))), jnp.arange(48) / 48
+
+    @jax.jit
+    def run(params, teacher, x, x_teacher, labels, soft, weights):
+        def loss(params, teacher, x, soft, weights):
+            found = [
+                *fc.linear_log_prob(params, x, labels, temperature=0.7, chunk_size=10),
+                fc.linear_cross_entropy(params, x, soft, class_weights=weights, chunk_size=10),
+                fc.linear_cross_entropy(
+                    params, x, labels, class_weights=weights, label_smoothing=0.1, reduction="mean"
+                ),
+                *(
+                    fc.linear_distillation(params, teacher, x, x_teacher, direction=direction)
+                    for direction in ("forward", "reverse", "jensen_shannon")
+                ),
+            ]
+            return sum(a.sum() for a in found)
+
+        samples = [fc.linear_sample(KEY, params, x, top_k=k, chunk_size=10) for k in (None, 3)]
+        gradients = jax.value_and_grad(loss, (0, 1, 2, 3, 4))
+        return samples, gradients(params, teacher, x, soft, weights)
+
+    arrays = layer, teacher, x, x_teacher, labels, soft, weights
+    expected = run(*arrays)
+    column = fc.partition_specs(layer, "column")
+    batch = P("data", None, None)
+    specs = column, column, batch, batch, P("data", None), P("data", None, "model"), P("model")
+    for mesh in meshes((4, 2)):
+        with jax.set_mesh(mesh):
+            assert_close(run(*fc.shard(arrays, mesh, specs)), expected)
+
+
 def check_two_layers_cost_one_all_reduce():
     batch, inner, outer = 16, 64, 32
     for mesh in meshes_of_all_shapes():

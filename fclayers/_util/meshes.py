@@ -6,6 +6,7 @@ result follows from the arguments.
 """
 
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
 import jax
@@ -71,3 +72,9 @@ def mesh_axes(entry: Any) -> tuple[str, ...]:
     if entry is None:
         return ()
     return entry if isinstance(entry, tuple) else (entry,)
+
+
+def auto_devices(tree: Any) -> int:
+    """How many devices the compiler may share arrays among; those of the largest mesh."""
+    meshes = (jax.typeof(array).sharding.mesh for array in jax.tree.leaves(tree))
+    return max((prod(mesh.shape[name] for name in mesh.auto_axes) for mesh in meshes), default=1)

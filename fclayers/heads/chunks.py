@@ -1,102 +1,174 @@
-"""Iteration over the classes of a head in chunks."""
+"""A walk over rows and classes in chunks, whose derivatives keep no chunk."""
 
 from collections.abc import Callable
-from functools import reduce
-from math import prod
-from typing import NamedTuple, TypeVar
+from functools import partial
+from math import gcd, isqrt
+from typing import Any, NamedTuple, TypeVar
 
+import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
-from fclayers._util.checks import check_count
-from fclayers._util.errors import BadValue
-from fclayers.linear import LinearParams, check_input, rows_of_features
-from fclayers.weights.form import Weight, by_columns, multiply, shapes, slice_outputs, terms
-
-Features = tuple[Array, ...]
 Carry = TypeVar("Carry")
+Start = int | Array
+
+# Numbers of logits: 4 MB in float32 stay in a processor's caches, 16 MB keep an accelerator busy.
+_SMALL, _LARGE = 2**20, 2**22
 
 
-class Head(NamedTuple):
-    """A layer as weights with one input and one output axis, the classes, and a bias."""
+class Chunks(NamedTuple):
+    """How an axis of `total` places is cut: into equal blocks, and each of them into chunks.
 
-    weights: tuple[Weight, ...]
-    bias: Array | None
+    A chunk has `size` consecutive places of every block, or all of them if that is `None`. With one
+    block, chunks are consecutive.
+    """
 
-    @property
-    def classes(self) -> int:
-        """Number of classes."""
-        return shapes(self.weights[0], 1)[1][0]
-
-
-def check_head(
-    params: LinearParams, x: Array, axis: int | tuple[int, ...]
-) -> tuple[LinearParams, int, tuple[int, ...]]:
-    """The layer with a weight that has consecutive columns, the number of classes, the batch."""
-    contracted, (in_shape, out_shape), _ = check_input(params, x, axis, None)
-    if len(out_shape) != 1:
-        raise BadValue(
-            f"expected a layer with one output axis, the classes, got outputs of shape {out_shape}"
-        )
-    params = params._replace(weight=by_columns(params.weight, len(in_shape)))
-    batch = tuple(size for a, size in enumerate(x.shape) if a not in contracted)
-    return params, out_shape[0], batch
+    total: Any  # symbolic in an export
+    blocks: int
+    size: int | None
 
 
-def make_head(params: LinearParams, x: Array, axis: int | tuple[int, ...]) -> tuple[Head, Features]:
-    """The head, and the features that its weights multiply, each `(rows, n)`."""
-    rows, (in_shape, _), dtype = rows_of_features(params, x, axis, None)
-    flat = rows.reshape(prod(rows.shape[:-1]), rows.shape[-1])
-    features, weights = zip(*terms(params.weight, flat, len(in_shape), None), strict=True)
-    return Head(weights, None if params.bias is None else params.bias.astype(dtype)), features
+class Grid(NamedTuple):
+    """How rows and classes are cut."""
+
+    rows: Chunks
+    classes: Chunks
 
 
-def choose_chunk_size(chunk_size: int | None, features: Features) -> int:
-    """The number of classes per chunk."""
+def choose_grid(
+    rows: Any,
+    classes: int,
+    inputs: int,
+    *,
+    row_chunk_size: int | None,
+    chunk_size: int | None,
+    devices: int,
+    at_least: int,
+) -> Grid:
+    """Chooses the sizes that are not given; a chunk has `at_least` so many classes.
+
+    The logits of a chunk are no larger than the input, or `_SMALL`, and never than `_LARGE`, and
+    its columns of the weight no larger than `_SMALL`, or square.
+    """
+    # Devices may share the rows.
+    share = -(-rows // devices) if isinstance(rows, int) else 0  # symbolic in an export
+    at_a_time = share if row_chunk_size is None else min(share, row_chunk_size)
     if chunk_size is None:
-        inputs = sum(f.shape[1] for f in features)
-        rows = features[0].shape[0]
-        at_least = rows if isinstance(rows, int) else 0  # symbolic in an export
-        return max(1, inputs, 2**20 // max(1, inputs, at_least))
-    if check_count("chunk_size", chunk_size) < 1:
-        raise BadValue(f"chunk_size must be at least 1, got {chunk_size}")
-    return chunk_size
+        chunk_size = max(1, inputs, _SMALL // max(1, inputs, at_a_time))
+        if row_chunk_size is None and chunk_size * share > _LARGE:
+            chunk_size = max(_LARGE // share, min(chunk_size, isqrt(_LARGE)))
+        chunk_size = _without_rest(classes, chunk_size)
+    chunk_size = max(chunk_size, at_least)
+    if row_chunk_size is None and share:
+        most = max(1, _LARGE // max(1, min(chunk_size, classes)))
+        row_chunk_size = _without_rest(rows, most * devices) if share > most else None
+    return Grid(_cut(rows, row_chunk_size, devices), _cut(classes, chunk_size, devices))
 
 
-def for_chunks(
-    head: Head,
-    size: int,
-    body: Callable[[Carry, Head, int | Array], Carry],
+def _without_rest(total: int, size: int) -> int:
+    """A divisor that is a little smaller, if there is one."""
+    return next((s for s in range(size, size - size // 4, -1) if total % s == 0), size)
+
+
+def _cut(total: Any, size: int | None, devices: int) -> Chunks:
+    """Cuts an axis into chunks of at most `size`, or of one place of every block.
+
+    An axis may be sharded over some of the devices in a way that only the compiler knows. Each
+    shard then is made of whole blocks, so every chunk has an equal part of it, and nothing moves.
+    """
+    if size is None or not isinstance(total, int) or size >= total:
+        return Chunks(total, 1, None)
+    blocks = gcd(total, devices)
+    return Chunks(total, blocks, max(1, size // blocks))
+
+
+def walk(
+    step: Callable[[PyTree, Carry], Carry],
+    grid: Grid,
+    operands: PyTree,
+    names: PyTree,
     carry: Carry,
     *,
-    begin: int = 0,
+    of_columns: Callable[[PyTree, Array], PyTree],
 ) -> Carry:
-    """Calls `carry = body(carry, columns, start)` with consecutive columns from `begin` on."""
-    num_chunks, rest = divmod(head.classes - begin, size)
+    """Calls `step(operands, carry)` with some rows and classes of both, until all had their turn.
 
-    def step(i: int | Array, carry: Carry) -> Carry:
-        start = begin + i * size
-        return body(carry, columns_of(head, start, size), start)
+    `names` has a string for every array of `operands` with the names of its axes; those called
+    `"row"` and `"out"` are cut. The arrays of `carry` begin with the rows. All rows
+    meet a chunk of classes before the next; `of_columns(operands, places)` makes of it what `step`
+    gets. Derivatives compute every step again, so that memory holds the operands of one.
+    """
 
-    if num_chunks == 1:
-        carry = step(0, carry)
-    elif num_chunks > 1:
-        carry = lax.fori_loop(0, num_chunks, step, carry)
-    start = head.classes - rest
-    return body(carry, columns_of(head, start, rest), start) if rest else carry
+    def with_columns(start: Start, size: int | None, carry: Carry) -> Carry:
+        columns = _take(operands, names, "out", grid.classes, start, size)
+        columns = of_columns(columns, _places(grid.classes, start, size))
+
+        def with_rows(start: Start, size: int | None, carry: Carry) -> Carry:
+            part = _take(columns, names, "row", grid.rows, start, size)
+            if size is None:
+                return step(part, carry)
+            kept: Carry = jax.tree.map(partial(_slice, grid.rows, start, size, 0), carry)
+            done: Carry = jax.tree.map(partial(_put, grid.rows, start), carry, step(part, kept))
+            return done
+
+        return _for_chunks(grid.rows, with_rows, carry)
+
+    return _for_chunks(grid.classes, with_columns, carry)
 
 
-def columns_of(head: Head, start: int | Array, size: int) -> Head:
-    """The head of some consecutive classes."""
-    weights = tuple(slice_outputs(weight, start, size) for weight in head.weights)
-    if head.bias is None:
-        return Head(weights, None)
-    return Head(weights, lax.dynamic_slice_in_dim(head.bias, start, size))
+def _for_chunks(
+    chunks: Chunks, body: Callable[[Start, int | None, Carry], Carry], carry: Carry
+) -> Carry:
+    again = jax.checkpoint(body, prevent_cse=False, static_argnums=1)
+    if chunks.size is None:
+        return again(0, None, carry)  # type: ignore[no-any-return]
+    size, places = chunks.size, chunks.total // chunks.blocks
+    number, rest = divmod(places, size)
+
+    def scanned(carry: Carry, i: Array) -> tuple[Carry, None]:
+        return again(i * size, size, carry), None
+
+    carry, _ = lax.scan(scanned, carry, jnp.arange(number, dtype=jnp.int32))
+    return again(places - rest, rest, carry) if rest else carry
 
 
-def logits(head: Head, features: Features) -> Array:
-    """All logits of a head `(rows, classes)`, for half precision in float32."""
-    pairs = zip(head.weights, features, strict=True)
-    z = reduce(jnp.add, [multiply(weight, f, 1, None) for weight, f in pairs])
-    return z if head.bias is None else z + head.bias.astype(z.dtype)
+def _take(
+    tree: PyTree, names: PyTree, name: str, chunks: Chunks, start: Start, size: int | None
+) -> PyTree:
+    if size is None:
+        return tree
+
+    def take(array: Array, axes: str) -> Array:
+        found = axes.split()
+        return _slice(chunks, start, size, found.index(name), array) if name in found else array
+
+    return jax.tree.map(take, tree, names)
+
+
+def _places(chunks: Chunks, start: Start, size: int | None) -> Array:
+    """The numbers of the places in a chunk."""
+    if size is None:
+        return jnp.arange(chunks.total, dtype=jnp.int32)
+    first = jnp.arange(chunks.blocks, dtype=jnp.int32) * (chunks.total // chunks.blocks)
+    places: Array = first[:, None] + start + jnp.arange(size, dtype=jnp.int32)
+    return places.ravel()
+
+
+def _slice(chunks: Chunks, start: Start, size: int, axis: int, array: Array) -> Array:
+    blocks = _in_blocks(chunks, axis, array)
+    part = lax.dynamic_slice_in_dim(blocks, start, size, axis + 1)
+    before, after = array.shape[:axis], array.shape[axis + 1 :]
+    return part.reshape(*before, chunks.blocks * size, *after)
+
+
+def _put(chunks: Chunks, start: Start, array: Array, part: Array) -> Array:
+    """Writes into the first axis."""
+    blocks, update = _in_blocks(chunks, 0, array), _in_blocks(chunks, 0, part)
+    updated: Array = lax.dynamic_update_slice_in_dim(blocks, update, start, 1)
+    return updated.reshape(array.shape)
+
+
+def _in_blocks(chunks: Chunks, axis: int, array: Array) -> Array:
+    before, total, after = array.shape[:axis], array.shape[axis], array.shape[axis + 1 :]
+    return array.reshape(*before, chunks.blocks, total // chunks.blocks, *after)

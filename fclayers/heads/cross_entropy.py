@@ -1,64 +1,100 @@
 """Cross-entropy of a fully connected layer's outputs, without materializing the logits."""
 
-from typing import Literal
-
-import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Integer, Num
 
 from fclayers._util.checks import check_array, describe
-from fclayers._util.errors import BadType, BadValue
+from fclayers._util.errors import BadValue
 from fclayers._util.jit import jit
-from fclayers.heads.chunks import check_head, choose_chunk_size, make_head
-from fclayers.heads.shards import per_shard
-from fclayers.heads.statistics import Settings, Statistics, statistics
+from fclayers.heads.checks import (
+    Reduction,
+    check_batch,
+    check_labels,
+    check_reduction,
+    reduce_losses,
+)
+from fclayers.heads.measure import Options, Rows, check_head, measure
+from fclayers.heads.statistics import (
+    DOT_WITH_LABELS,
+    LOG_SUM_EXP,
+    LOGIT_OF_LABEL,
+    SUM_OF_LABELS,
+    SUM_OF_LOGITS,
+    WEIGHT_OF_LABEL,
+    together,
+)
 from fclayers.linear import LinearParams
 
 
-@jit("axis", "chunk_size", "label_smoothing", "z_loss", "reduction")
+@jit(
+    "axis",
+    "chunk_size",
+    "row_chunk_size",
+    "label_smoothing",
+    "z_loss",
+    "softcap",
+    "reduction",
+    "dtype",
+    "precision",
+)
 def linear_cross_entropy(
     params: LinearParams,
     x: Num[Array, "*batch_and_in"],
-    labels: Integer[Array, "*batch"],
+    labels: Integer[Array, "*batch"] | Float[Array, "*batch classes"],
     *,
     axis: int | tuple[int, ...] = -1,
     chunk_size: int | None = None,
+    row_chunk_size: int | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    softcap: float | None = None,
+    class_weights: Num[Array, "classes"] | None = None,
     where: Num[Array, "*batch"] | Bool[Array, "*batch"] | None = None,
-    reduction: Literal["none", "mean", "sum"] = "none",
+    reduction: Reduction = "none",
+    dtype: DTypeLike | None = None,
+    precision: lax.PrecisionLike = None,
 ) -> Float[Array, "*batch"] | Float[Array, ""]:
     """Softmax cross-entropy of `apply_linear(params, x)`, without materializing the logits.
 
     Equal to `optax.softmax_cross_entropy_with_integer_labels(apply_linear(params, x), labels)`, and
-    so are its gradients with respect to `params` and `x`. On a mesh with explicit axes every device
-    computes the logits of its own classes.
+    so are its derivatives, in forward and reverse mode and of any order. On a mesh every device
+    computes the logits of its own classes and positions.
 
     Args:
         params: The layer, with one output axis: the classes. `WeightNorm` and `BlockDiagonal`
             weights are materialized; the logits are not.
         x: Input.
-        labels: The classes, from 0. A label out of range gives NaN, and NaN gradients, unless
-            `where` ignores it.
+        labels: The classes, from 0, or the probabilities of all classes. A label out of range gives
+            NaN, and NaN gradients, unless `where` ignores it.
         axis: As in `apply_linear`.
-        chunk_size: Number of classes whose logits are in memory at a time. Default: as many as
-            take no more memory than `x`, or 4 MB.
+        chunk_size: Number of classes whose logits are in memory at a time. Default: from the
+            shapes, so that a chunk takes no more memory than `x`, or 4 MB, and at most 16 MB.
+        row_chunk_size: Number of positions whose logits are in memory at a time. Default: from the
+            shapes, all unless a chunk would take more than 16 MB.
         label_smoothing: Share of the labels' probability, in [0, 1], that is spread evenly over all
             classes, as in PyTorch.
         z_loss: Factor of the squared log-sum-exp, which is added to keep the logits from drifting.
+        softcap: Bound of the logits: they become `softcap * tanh(logits / softcap)`.
+        class_weights: Factors of the classes in the sum over classes of labels times negative
+            log-probabilities: PyTorch's `weight`.
         where: Which positions count: booleans, or weights of the losses. A position of weight zero
             has no influence, whatever its label and input.
         reduction: `"none"` for one loss per position; `"sum"`; or `"mean"`, the sum over the sum of
-            the weights (0 if that is 0).
+            the weights (0 if that is 0): of `where`, times the class weights of the labels if
+            these are classes.
+        dtype: As in `apply_linear`.
+        precision: As in `apply_linear`, of all products.
 
     Returns:
         Losses of shape `(*batch)` or a scalar, in the dtype of `apply_linear`'s result, for half
-        precision in float32. Differentiable in reverse mode.
+        precision in float32.
 
     Raises:
-        TypeError: `params` is not a `LinearParams`, or the labels are not integers.
-        ValueError: `params` has several output axes, `labels` or `where` does not have the shape
-            `(*batch)`, or an argument is out of range.
+        TypeError: `params` is not a `LinearParams`, or the labels are neither integers nor floats.
+        ValueError: `params` has several output axes, `labels`, `where` or `class_weights` does not
+            have the right shape, or an argument is out of range.
 
     Example:
         >>> import jax
@@ -70,54 +106,56 @@ def linear_cross_entropy(
         (8,)
 
     Source: `Wijmans et al. 2024, Cut Your Losses <https://arxiv.org/abs/2411.09009>`_; the z-loss
-    is that of `Chowdhery et al. 2022, PaLM <https://arxiv.org/abs/2204.02311>`_, section 5.
+    is that of `Chowdhery et al. 2022, PaLM <https://arxiv.org/abs/2204.02311>`_, section 5; the
+    cap that of `Gemma 2 <https://arxiv.org/abs/2408.00118>`_, section 2.
     """
-    params, classes, batch_shape = check_head(params, x, axis)
+    options = Options(axis, chunk_size, row_chunk_size, dtype, precision, softcap)
+    params, classes, batch, _ = check_head(params, x, options)
     check_array("labels", labels)
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise BadType(f"labels must be integers, got {describe(labels)}")
-    for argument, value in (("labels", labels), ("where", where)):
-        if value is not None and jnp.shape(value) != batch_shape:
-            raise BadValue(
-                f"{argument} must have the shape {batch_shape} of the batch, x has shape "
-                f"{x.shape} and features along axis={axis}, got {describe(value)}"
-            )
+    soft = jnp.issubdtype(labels.dtype, jnp.floating) and labels.shape == (*batch, classes)
+    if not soft:
+        labels = check_labels(labels, x, axis, batch)
+    check_batch("where", where, x, axis, batch)
+    if class_weights is not None and jnp.shape(class_weights) != (classes,):
+        raise BadValue(
+            f"class_weights must have the shape ({classes},) of the classes, "
+            f"got {describe(class_weights)}"
+        )
     if not 0 <= label_smoothing <= 1:
         raise BadValue(f"label_smoothing must be in [0, 1], got {label_smoothing}")
     if not 0 <= z_loss < float("inf"):
         raise BadValue(f"z_loss must be >= 0, got {z_loss}")
-    if reduction not in ("none", "mean", "sum"):
-        raise BadValue(f"reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
-    labels = labels.astype(jnp.promote_types(labels.dtype, jnp.int32))
-    known = (labels >= 0) & (labels < classes)
-    counts, weights = None, jnp.ones(())
-    if where is not None:
-        counts, weights = jnp.asarray(where) != 0, jnp.asarray(where)
-        known |= ~counts
-
-    def of_shard(
-        shard: int | Array, params: LinearParams, x: Array, labels: Array, counts: Array | None
-    ) -> Statistics:
-        head, features = make_head(params, x, axis)
-        settings = Settings(choose_chunk_size(chunk_size, features), label_smoothing > 0)
-        if counts is not None:
-            features = tuple(jnp.where(counts.reshape(-1, 1), f, 0) for f in features)
-        found = statistics(settings, head, features, labels.ravel() - shard * head.classes)
-        return Statistics(*(a.reshape(labels.shape) for a in found))
-
-    found: Statistics = per_shard(of_shard, params, x, axis, labels, counts)
-    lse: Array = jax.nn.logsumexp(found.lse, axis=0)
-    losses: Array = lse - (1 - label_smoothing) * found.label_logit.sum(0)
+    check_reduction(reduction)
+    counts = None if where is None else jnp.asarray(where) != 0
+    wanted = [LOG_SUM_EXP, DOT_WITH_LABELS if soft else LOGIT_OF_LABEL]
+    weighted = soft or class_weights is not None
+    if weighted:
+        wanted.append(SUM_OF_LABELS if soft else WEIGHT_OF_LABEL)
     if label_smoothing:
-        losses -= label_smoothing / classes * found.sum_of_logits.sum(0)
+        wanted.append(SUM_OF_LOGITS)
+    log_sum, dot, *others = measure(
+        together(*wanted),
+        options,
+        (params,),
+        (x,),
+        rows=Rows(counts=counts, labels=None if soft else labels),
+        class_weights=class_weights,
+        probabilities=labels if soft else None,
+    )
+    label_weights = others[0] if weighted and not soft else None
+    if label_weights is not None:
+        dot *= label_weights
+    losses: Array = (others[0] * log_sum if weighted else log_sum) - dot
+    if label_smoothing:
+        total = classes if class_weights is None else class_weights.astype(dot.dtype).sum()
+        uniform = (total * log_sum - others[-1]) / classes
+        losses = (1 - label_smoothing) * losses + label_smoothing * uniform
     if z_loss:
-        losses += z_loss * lse**2
-    losses *= jnp.where(known, 1, jnp.nan).astype(losses.dtype)
+        losses += z_loss * log_sum**2
+    known = log_sum > -jnp.inf
+    if not soft:
+        known &= (labels >= 0) & (labels < classes)
     if counts is not None:
-        losses = jnp.where(counts, losses * weights.astype(losses.dtype), 0)
-    if reduction == "none":
-        return losses
-    if reduction == "sum":
-        return losses.sum()
-    total = losses.size if where is None else weights.astype(losses.dtype).sum()
-    return jnp.where(total == 0, 0, losses.sum() / jnp.where(total == 0, 1, total))
+        known |= ~counts
+    losses *= jnp.where(known, 1, jnp.nan).astype(losses.dtype)
+    return reduce_losses(losses, where, reduction, label_weights)

@@ -44,6 +44,20 @@ def matrix_product(
     return product(x, weight)
 
 
+def transposed_product(
+    x: Num[Array, "*batch in"], weight: Num[Array, "out in"], precision: lax.PrecisionLike = None
+) -> Num[Array, "*batch out"]:
+    """Returns `x @ weight.T`, for half precision in float32, without a transposed copy."""
+    product: Array = lax.dot_general(
+        x,
+        weight,
+        (((x.ndim - 1,), (1,)), ((), ())),
+        precision=precision,
+        preferred_element_type=accumulation_dtype(x.dtype),
+    )
+    return product
+
+
 def add_bias(y: Array, bias: Array | None, dtype: DTypeLike) -> Array:
     """Adds a bias of the last axes, in the precision of the products, and rounds to `dtype`."""
     if bias is not None:

@@ -141,7 +141,7 @@ def terms(weight: Weight, x: Array, in_ndim: int, precision: lax.PrecisionLike) 
     form = _form_of(weight)
     if form.terms is not None:
         return form.terms(weight, x, in_ndim, precision)
-    return ((x, as_matrix(form.dense(weight, in_ndim), in_ndim).astype(x.dtype)),)
+    return ((x, as_matrix(form.dense(weight, in_ndim), in_ndim)),)
 
 
 def convolve(
@@ -212,7 +212,11 @@ def move_inputs(
             )
         if "in" not in names:
             return array
-        return jax.vmap(move)(array) if names[0] == "group" else move(array)
+        before = names.index("in")
+        if names[0] == "group":
+            return jax.vmap(move)(array)
+        last = range(-before, 0)
+        return jnp.moveaxis(move(jnp.moveaxis(array, range(before), last)), last, range(before))
 
     if not any("in" in names.split() for names in jax.tree.leaves(axes(weight, in_ndim))):
         return move(dense(weight, in_ndim))

@@ -170,7 +170,7 @@ def _dense(weight: Lora, in_ndim: int) -> Array:
 
 def _terms(weight: Lora, x: Array, in_ndim: int, precision: lax.PrecisionLike) -> tuple[Term, ...]:
     features = weight.scale.astype(x.dtype) * narrow(weight.down, x, precision)
-    adapter = (features, as_matrix(weight.up.astype(x.dtype), 1))
+    adapter = (features, as_matrix(weight.up, 1))
     return (*terms(weight.base, x, in_ndim, precision), adapter)
 
 

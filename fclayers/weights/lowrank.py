@@ -140,7 +140,7 @@ def _sufficient_rank(s: Array, energy: float) -> int:
 def _terms(
     weight: LowRank, x: Array, in_ndim: int, precision: lax.PrecisionLike
 ) -> tuple[Term, ...]:
-    return ((narrow(weight.down, x, precision), as_matrix(weight.up.astype(x.dtype), 1)),)
+    return ((narrow(weight.down, x, precision), as_matrix(weight.up, 1)),)
 
 
 FORM = WeightForm(
