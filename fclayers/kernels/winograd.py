@@ -1,0 +1,230 @@
+"""Convolutions over one or two axes with fewer products, after Toom, Cook and Winograd.
+
+A block of `m` outputs of a kernel of `k` taps is a product of polynomials, evaluated at
+`n = m + k - 1` points instead of `m * k` products: the inputs are transformed to values at the
+points, multiplied by the transformed kernel, and transformed back. With a dilation, every phase of
+the map has blocks of its own.
+
+The transforms of the first axis are products with small matrices, those of the second are sums of
+slices, one for every point: XLA's CPU backend would fuse two sums in a row and compute the first
+anew for every term of the second.
+
+Source: `Lavin and Gray 2016 <https://arxiv.org/abs/1509.09308>`_; the points are those of
+`Barabasz et al. 2020 <https://arxiv.org/abs/1803.10986>`_.
+"""
+
+from collections.abc import Sequence
+from math import prod
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array
+
+from fclayers.kernels.crossovers import CROSSOVERS
+from fclayers.kernels.windows import Geometry, pad, positions
+
+# Beside infinity. With eight points in all, results differ by up to 1e-5 of the largest.
+_POINTS = (0, 1, -1, 0.5, -2, -0.5, 2)
+_MOST_POINTS = len(_POINTS) + 1
+_LARGEST_BLOCK = 4
+_LARGEST_KERNEL = 7
+
+
+class _Axis(NamedTuple):
+    """How the outputs of one spatial axis are cut into blocks."""
+
+    kernel: int
+    dilation: int
+    block: int
+    blocks: int
+
+    @property
+    def points(self) -> int:
+        return self.block + self.kernel - 1
+
+    @property
+    def step(self) -> int:
+        """Outputs of the blocks of all phases."""
+        return self.block * self.dilation
+
+    def inputs(self, blocks: int) -> int:
+        return blocks * self.step + (self.kernel - 1) * self.dilation
+
+
+def winograd_wins(
+    x_shape: tuple[int, ...], weight_shape: tuple[int, ...], geometry: Geometry
+) -> bool:
+    """Whether `winograd_convolve` applies and is faster for a map `(N, *spatial, in)`."""
+    if len(geometry.kernel) > 2 or max(geometry.strides) > 1:
+        return False
+    if not 1 < max(geometry.kernel) <= _LARGEST_KERNEL:
+        return False
+    if min(weight_shape[-2:]) < CROSSOVERS.winograd_channels:
+        return False
+    outputs = positions(x_shape[1:-1], geometry)
+    axes = _axes(outputs, geometry)
+    rows = x_shape[0] * prod(axis.blocks * axis.dilation for axis in axes)
+    direct = x_shape[0] * prod(outputs) * prod(geometry.kernel)
+    gain = direct / (rows * prod(axis.points for axis in axes))
+    return rows >= CROSSOVERS.winograd_rows and gain >= CROSSOVERS.winograd_gain
+
+
+def winograd_convolve(x: Array, weight: Array, geometry: Geometry) -> Array:
+    """Convolves `(N, *spatial, in)` with `(*kernel, in, out)`, both in float32, without strides."""
+    x = pad(x, geometry.padding, 0)
+    axes = _axes(positions(x.shape[1:-1], _unpadded(geometry)), geometry)
+    if len(axes) == 1:
+        axes = (_Axis(1, 1, 1, 1), *axes)
+        y = _convolve(x[:, None], weight[None], axes)
+        return y[:, 0]
+    return _convolve(x, weight, axes)
+
+
+def transforms(block: int, kernel: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For `n` points the matrices of outputs (block, n), kernel (n, kernel) and inputs (n, n)."""
+    n = block + kernel - 1
+    points = np.array(_POINTS[: n - 1], float)
+
+    def at_points(terms: int) -> np.ndarray:
+        """Values of a polynomial from its coefficients; at infinity, the last one."""
+        return np.vstack([points[:, None] ** np.arange(terms), np.eye(terms)[-1]])
+
+    scales, inputs = np.ones((n, 1)), np.zeros((n, n))
+    for i, point in enumerate(points):
+        others = np.delete(points, i)
+        scales[i] = np.prod(point - others)
+        inputs[i, :-1] = np.poly(others)[::-1]
+    inputs[-1] = np.poly(points)[::-1] if n > 1 else 1
+    outputs, kernels = at_points(block).T, at_points(kernel) / scales
+    return outputs.astype(np.float32), kernels.astype(np.float32), inputs.astype(np.float32)
+
+
+def _axes(outputs: tuple[int, ...], geometry: Geometry) -> tuple[_Axis, ...]:
+    """The blocks with the fewest products."""
+    axes = []
+    for size, kernel, dilation in zip(outputs, geometry.kernel, geometry.dilations, strict=True):
+        most = 1 if kernel == 1 else min(_LARGEST_BLOCK, _MOST_POINTS - kernel + 1)
+        dilation = dilation if kernel > 1 else 1
+        axes.append(
+            min(
+                (
+                    _Axis(kernel, dilation, block, -(-size // (block * dilation)))
+                    for block in range(most, 0, -1)
+                ),
+                key=lambda axis: axis.points * axis.blocks,
+            )
+        )
+    return tuple(axes)
+
+
+def _convolve(x: Array, weight: Array, axes: tuple[_Axis, ...]) -> Array:
+    """Convolves `(N, height, width, in)` with `(height, width, in, out)`, in tiles of blocks."""
+    rows, columns = axes
+    batch, channels, features = x.shape[0], x.shape[-1], weight.shape[-1]
+    height, width = (
+        size - (axis.kernel - 1) * axis.dilation
+        for size, axis in zip(x.shape[1:3], axes, strict=True)
+    )
+    kernels = _transformed_kernel(weight, axes)
+    values = rows.points * columns.points * rows.dilation * columns.dilation * columns.blocks
+    in_tile = max(1, CROSSOVERS.winograd_tile // (values * (channels + features) * 4))
+    # A tile is some blocks of rows of one image, or some images.
+    rows_tiles = -(-rows.blocks // in_tile)
+    blocks = -(-rows.blocks // rows_tiles)
+    image_tiles = -(-batch // max(1, in_tile // blocks)) if rows_tiles == 1 else batch
+    images = -(-batch // image_tiles)
+
+    def one_tile(x: Array) -> Array:
+        sizes = rows.inputs(blocks), columns.inputs(columns.blocks)
+        x = pad(x, tuple((0, max(0, a - b)) for a, b in zip(sizes, x.shape[1:3], strict=True)), 0)
+        return _convolve_tile(x, kernels, (rows._replace(blocks=blocks), columns), width)
+
+    if rows_tiles * image_tiles == 1:
+        return one_tile(x)[:, :height]
+    # The last tile is moved back to be as large as the others; it overwrites with equal values.
+    out_rows = min(height, blocks * rows.step)
+    first_rows = np.minimum(np.arange(rows_tiles) * blocks * rows.step, height - out_rows)
+    first_images = np.minimum(np.arange(image_tiles) * images, batch - images)
+    in_rows = out_rows + (rows.kernel - 1) * rows.dilation
+
+    def add_tile(i: Array, y: Array) -> Array:
+        image = jnp.asarray(first_images)[i // rows_tiles]
+        origin = [image, jnp.asarray(first_rows)[i % rows_tiles], 0, 0]
+        tile = lax.dynamic_slice(x, origin, (images, in_rows, x.shape[2], channels))
+        return lax.dynamic_update_slice(y, one_tile(tile)[:, :out_rows], origin)
+
+    empty = jnp.zeros((batch, height, width, features), x.dtype)
+    y: Array = lax.fori_loop(0, rows_tiles * image_tiles, add_tile, empty)
+    return y
+
+
+def _transformed_kernel(weight: Array, axes: tuple[_Axis, ...]) -> list[Array]:
+    """For every point of the columns, the kernel at the points of the rows, `(points, in, out)`."""
+    rows, columns = (transforms(axis.block, axis.kernel)[1] for axis in axes)
+    flat = weight.reshape(-1, prod(weight.shape[2:]))
+    return [(np.kron(rows, point[None]) @ flat).reshape(-1, *weight.shape[2:]) for point in columns]
+
+
+def _convolve_tile(
+    x: Array, kernels: Sequence[Array], axes: tuple[_Axis, ...], width: int
+) -> Array:
+    """Convolves a map `(N, height, width, in)` of whole blocks."""
+    rows, columns = axes
+    batch, channels, features = x.shape[0], x.shape[-1], kernels[0].shape[-1]
+    from_points, _, to_points = transforms(columns.block, columns.kernel)
+    lines = batch * rows.blocks * rows.dilation
+    values = _rows_to_points(x, rows, columns)
+    values = values.reshape(rows.points, lines, -1, columns.block, columns.dilation * channels)
+    slices = [
+        values[:, :, start : start + columns.blocks, place]
+        for start, place in (divmod(j, columns.block) for j in range(columns.points))
+    ]
+    products = []
+    for coefficients, kernel in zip(to_points, kernels, strict=True):
+        at_point = _combine(coefficients, slices).reshape(rows.points, -1, channels)
+        product = lax.dot_general(at_point, kernel, (((2,), (1,)), ((0,), (0,))))
+        products.append(product.reshape(rows.points, lines, columns.blocks, -1))
+    y = jnp.stack([_combine(coefficients, products) for coefficients in from_points], axis=3)
+    y = _product(transforms(rows.block, rows.kernel)[0], y.reshape(rows.points, -1))
+    y = y.reshape(rows.block, batch * rows.blocks, rows.dilation, -1, features)[:, :, :, :width]
+    return y.swapaxes(0, 1).reshape(batch, -1, width, features)
+
+
+def _rows_to_points(x: Array, rows: _Axis, columns: _Axis) -> Array:
+    """The inputs of every block of rows at the points, `(points, N * blocks * ...)`."""
+    overlap = -(-(rows.points - rows.block) // rows.block)
+    x = pad(x, tuple(_whole(x.shape[i + 1], axis) for i, axis in enumerate((rows, columns))), 0)
+    x = x.reshape(x.shape[0], rows.blocks + overlap, rows.block, -1)
+    slices = [
+        x[:, start : start + rows.blocks, place]
+        for start, place in (divmod(i, rows.block) for i in range(rows.points))
+    ]
+    windows = jnp.stack(slices).reshape(rows.points, -1)
+    return _product(transforms(rows.block, rows.kernel)[2], windows)
+
+
+def _whole(size: int, axis: _Axis) -> tuple[int, int]:
+    """The padding that makes the inputs of an axis whole blocks."""
+    overlap = -(-(axis.points - axis.block) // axis.block)
+    return 0, (axis.blocks + overlap) * axis.step - size
+
+
+def _product(matrix: np.ndarray, x: Array) -> Array:
+    return x if len(matrix) == matrix.shape[1] == 1 else matrix @ x
+
+
+def _combine(coefficients: np.ndarray, terms: Sequence[Array]) -> Array:
+    """The sum of the terms, each times its coefficient."""
+    total: Array | None = None
+    for c, term in zip(coefficients, terms, strict=True):
+        if c:
+            scaled = term if c == 1 else c * term
+            total = scaled if total is None else total + scaled
+    assert total is not None
+    return total
+
+
+def _unpadded(geometry: Geometry) -> Geometry:
+    return geometry._replace(padding=((0, 0),) * len(geometry.padding))
