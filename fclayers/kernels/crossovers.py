@@ -15,19 +15,21 @@ class Crossovers(NamedTuple):
         tile_patches: Bytes of patches of such a tile.
         tiny_elements: A map with this many times the kernel's elements is one product.
         tiny_weights: Elements of that product's matrix at most.
-        winograd_channels: Least number of channels, in and out.
-        winograd_rows: Least number of rows of the products.
-        winograd_gain: Least ratio of the direct convolution's products to Winograd's.
-        winograd_tile: Bytes of the transformed inputs and outputs of a tile.
+        winograd_channels: Least number of channels, in and out, for fewer products.
+        winograd_rows: Least number of rows of these products.
+        winograd_gain: Least number of times as many products in a direct convolution.
+        winograd_kernel: Bytes of the transformed kernel at most, unless patches have as many.
+        winograd_tile: Bytes of the transformed inputs and outputs of a tile, if patches are large.
     """
 
     large_patches: int = 2**25
     tile_patches: int = 2**22
     tiny_elements: int = 2
     tiny_weights: int = 2**22
-    winograd_channels: int = 16
-    winograd_rows: int = 64
-    winograd_gain: float = 1.5
+    winograd_channels: int = 32
+    winograd_rows: int = 48
+    winograd_gain: float = 2.5
+    winograd_kernel: int = 2**24
     winograd_tile: int = 2**23
 
 

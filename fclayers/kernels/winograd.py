@@ -13,7 +13,7 @@ Source: `Lavin and Gray 2016 <https://arxiv.org/abs/1509.09308>`_; the points ar
 `Barabasz et al. 2020 <https://arxiv.org/abs/1803.10986>`_.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from math import prod
 from typing import NamedTuple
 
@@ -61,14 +61,19 @@ def winograd_wins(
         return False
     if not 1 < max(geometry.kernel) <= _LARGEST_KERNEL:
         return False
-    if min(weight_shape[-2:]) < CROSSOVERS.winograd_channels:
+    channels, features = weight_shape[-2:]
+    if min(channels, features) < CROSSOVERS.winograd_channels:
         return False
     outputs = positions(x_shape[1:-1], geometry)
     axes = _axes(outputs, geometry)
     rows = x_shape[0] * prod(axis.blocks * axis.dilation for axis in axes)
-    direct = x_shape[0] * prod(outputs) * prod(geometry.kernel)
-    gain = direct / (rows * prod(axis.points for axis in axes))
-    return rows >= CROSSOVERS.winograd_rows and gain >= CROSSOVERS.winograd_gain
+    points = prod(axis.points for axis in axes)
+    taps = x_shape[0] * prod(outputs) * prod(geometry.kernel)
+    return (
+        rows >= CROSSOVERS.winograd_rows
+        and taps >= CROSSOVERS.winograd_gain * rows * points
+        and points * features * channels * 4 <= max(CROSSOVERS.winograd_kernel, taps * channels * 4)
+    )
 
 
 def winograd_convolve(x: Array, weight: Array, geometry: Geometry) -> Array:
@@ -128,9 +133,13 @@ def _convolve(x: Array, weight: Array, axes: tuple[_Axis, ...]) -> Array:
         for size, axis in zip(x.shape[1:3], axes, strict=True)
     )
     kernels = _transformed_kernel(weight, axes)
-    values = rows.points * columns.points * rows.dilation * columns.dilation * columns.blocks
-    in_tile = max(1, CROSSOVERS.winograd_tile // (values * (channels + features) * 4))
     # A tile is some blocks of rows of one image, or some images.
+    in_tile = batch * rows.blocks
+    patches = batch * height * width * rows.kernel * columns.kernel * channels
+    if patches * x.dtype.itemsize > CROSSOVERS.large_patches:
+        values = rows.points * columns.points * rows.dilation * columns.dilation * columns.blocks
+        block_bytes = values * (channels + features) * x.dtype.itemsize
+        in_tile = max(1, CROSSOVERS.winograd_tile // block_bytes)
     rows_tiles = -(-rows.blocks // in_tile)
     blocks = -(-rows.blocks // rows_tiles)
     image_tiles = -(-batch // max(1, in_tile // blocks)) if rows_tiles == 1 else batch
@@ -160,19 +169,18 @@ def _convolve(x: Array, weight: Array, axes: tuple[_Axis, ...]) -> Array:
     return y
 
 
-def _transformed_kernel(weight: Array, axes: tuple[_Axis, ...]) -> list[Array]:
-    """For every point of the columns, the kernel at the points of the rows, `(points, in, out)`."""
+def _transformed_kernel(weight: Array, axes: tuple[_Axis, ...]) -> Array:
+    """The kernel at the points of the columns and rows, `(points, points, in, out)`."""
     rows, columns = (transforms(axis.block, axis.kernel)[1] for axis in axes)
-    flat = weight.reshape(-1, prod(weight.shape[2:]))
-    return [(np.kron(rows, point[None]) @ flat).reshape(-1, *weight.shape[2:]) for point in columns]
+    both = np.einsum("tj,si->tsij", columns, rows).reshape(-1, rows.shape[1] * columns.shape[1])
+    flat = weight.reshape(both.shape[1], -1)
+    return (both @ flat).reshape(len(columns), len(rows), *weight.shape[2:])
 
 
-def _convolve_tile(
-    x: Array, kernels: Sequence[Array], axes: tuple[_Axis, ...], width: int
-) -> Array:
+def _convolve_tile(x: Array, kernels: Array, axes: tuple[_Axis, ...], width: int) -> Array:
     """Convolves a map `(N, height, width, in)` of whole blocks."""
     rows, columns = axes
-    batch, channels, features = x.shape[0], x.shape[-1], kernels[0].shape[-1]
+    batch, channels, features = x.shape[0], x.shape[-1], kernels.shape[-1]
     from_points, _, to_points = transforms(columns.block, columns.kernel)
     lines = batch * rows.blocks * rows.dilation
     values = _rows_to_points(x, rows, columns)
@@ -181,11 +189,10 @@ def _convolve_tile(
         values[:, :, start : start + columns.blocks, place]
         for start, place in (divmod(j, columns.block) for j in range(columns.points))
     ]
-    products = []
-    for coefficients, kernel in zip(to_points, kernels, strict=True):
-        at_point = _combine(coefficients, slices).reshape(rows.points, -1, channels)
-        product = lax.dot_general(at_point, kernel, (((2,), (1,)), ((0,), (0,))))
-        products.append(product.reshape(rows.points, lines, columns.blocks, -1))
+    at_points = jnp.stack([_combine(coefficients, slices) for coefficients in to_points])
+    at_points = at_points.reshape(columns.points, rows.points, -1, channels)
+    products = lax.dot_general(at_points, kernels, (((3,), (2,)), ((0, 1), (0, 1))))
+    products = products.reshape(columns.points, rows.points, lines, columns.blocks, -1)
     y = jnp.stack([_combine(coefficients, products) for coefficients in from_points], axis=3)
     y = _product(transforms(rows.block, rows.kernel)[0], y.reshape(rows.points, -1))
     y = y.reshape(rows.block, batch * rows.blocks, rows.dilation, -1, features)[:, :, :, :width]
@@ -215,7 +222,7 @@ def _product(matrix: np.ndarray, x: Array) -> Array:
     return x if len(matrix) == matrix.shape[1] == 1 else matrix @ x
 
 
-def _combine(coefficients: np.ndarray, terms: Sequence[Array]) -> Array:
+def _combine(coefficients: np.ndarray, terms: Iterable[Array]) -> Array:
     """The sum of the terms, each times its coefficient."""
     total: Array | None = None
     for c, term in zip(coefficients, terms, strict=True):
