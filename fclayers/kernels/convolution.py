@@ -2,7 +2,8 @@
 
 XLA's CPU backend materializes all patches of a convolution and multiplies them by the kernel. For
 few positions, slices and one product are faster; for many, fewer products, as in Winograd's
-algorithm; and if the patches do not fit into the caches, tiles that do.
+algorithm; for few terms, sums of shifted inputs; and if the patches do not fit into the caches,
+tiles that do. Groups are convolved one by one.
 """
 
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from fclayers._util.dtypes import accumulation_dtype
 from fclayers.kernels.crossovers import CROSSOVERS
 from fclayers.kernels.int8 import dequantized, quantized_product
 from fclayers.kernels.product import matrix_product
+from fclayers.kernels.shifted import shifted_convolve, shifted_sums_win
 from fclayers.kernels.windows import Geometry, pad, positions, taps
 from fclayers.kernels.winograd import winograd_convolve, winograd_wins
 
@@ -40,11 +42,16 @@ def convolve(
 
     def on_cpu(x: Array, weight: Array) -> Array:
         x, weight = x.astype(wide), weight.astype(wide)
-        if groups > 1:
-            return _plain(x, weight, geometry, groups, precision)
         rows = x.shape[0] * prod(positions(x.shape[1:-1], geometry))
         fan_in, fan_out = prod(weight.shape[:-1]), weight.shape[-1]
         if not isinstance(rows, int):  # symbolic in an export
+            return _plain(x, weight, geometry, groups, precision)
+        if shifted_sums_win(x.shape, weight.shape, geometry, groups):
+            return shifted_convolve(x, weight, geometry, groups)
+        if 1 < groups <= CROSSOVERS.split_groups:
+            parts = zip(jnp.split(x, groups, -1), jnp.split(weight, groups, -1), strict=True)
+            return jnp.concatenate([on_cpu(*part) for part in parts], -1)
+        if groups > 1:
             return _plain(x, weight, geometry, groups, precision)
         if prod(geometry.kernel) == 1 or rows <= fan_out:
             return _product_of_patches(x, weight, geometry, precision)
@@ -81,7 +88,7 @@ def quantized_convolve(
 def _may_be_rounded(dtype: jnp.dtype, precision: lax.PrecisionLike) -> bool:
     """Whether differences of 1e-5 of the largest result are within what was asked for."""
     if precision is None:
-        precision = jax.config.jax_default_matmul_precision
+        precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
     return dtype == jnp.float32 and precision in (None, "default", lax.Precision.DEFAULT)
 
 

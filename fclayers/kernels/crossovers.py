@@ -13,6 +13,14 @@ class Crossovers(NamedTuple):
     Attributes:
         large_patches: Bytes of patches above which a direct convolution runs in tiles.
         tile_patches: Bytes of patches of such a tile.
+        grouped_terms: Most terms of an output (elements of the kernel times inputs of a group) for
+            sums of shifted inputs, if there are groups.
+        shifted_terms: The same without groups.
+        shifted_channels: Most input channels without groups.
+        shifted_features: Most output channels without groups.
+        shifted_rows: Least number of outputs per channel without groups.
+        split_groups: Most groups with more terms, each convolved by itself.
+        broadcast_window: Elements of a window at most, if the gradient of its sum is a broadcast.
         tiny_elements: A map with this many times the kernel's elements is one product.
         tiny_weights: Elements of that product's matrix at most.
         winograd_channels: Least number of channels, in and out, for fewer products.
@@ -24,6 +32,13 @@ class Crossovers(NamedTuple):
 
     large_patches: int = 2**25
     tile_patches: int = 2**22
+    grouped_terms: int = 72
+    shifted_terms: int = 27
+    shifted_channels: int = 3
+    shifted_features: int = 64
+    shifted_rows: int = 1024
+    split_groups: int = 32
+    broadcast_window: int = 16
     tiny_elements: int = 2
     tiny_weights: int = 2**22
     winograd_channels: int = 32

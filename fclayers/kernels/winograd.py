@@ -49,8 +49,10 @@ class _Axis(NamedTuple):
         """Outputs of the blocks of all phases."""
         return self.block * self.dilation
 
-    def inputs(self, blocks: int) -> int:
-        return blocks * self.step + (self.kernel - 1) * self.dilation
+    @property
+    def overlap(self) -> int:
+        """Blocks that inputs reach beyond the last block of outputs."""
+        return -(-(self.kernel - 1) // self.block)
 
 
 def winograd_wins(
@@ -79,7 +81,8 @@ def winograd_wins(
 def winograd_convolve(x: Array, weight: Array, geometry: Geometry) -> Array:
     """Convolves `(N, *spatial, in)` with `(*kernel, in, out)`, both in float32, without strides."""
     x = pad(x, geometry.padding, 0)
-    axes = _axes(positions(x.shape[1:-1], _unpadded(geometry)), geometry)
+    unpadded = geometry._replace(padding=((0, 0),) * len(geometry.padding))
+    axes = _axes(positions(x.shape[1:-1], unpadded), geometry)
     if len(axes) == 1:
         axes = (_Axis(1, 1, 1, 1), *axes)
         y = _convolve(x[:, None], weight[None], axes)
@@ -110,17 +113,13 @@ def _axes(outputs: tuple[int, ...], geometry: Geometry) -> tuple[_Axis, ...]:
     """The blocks with the fewest products."""
     axes = []
     for size, kernel, dilation in zip(outputs, geometry.kernel, geometry.dilations, strict=True):
-        most = 1 if kernel == 1 else min(_LARGEST_BLOCK, _MOST_POINTS - kernel + 1)
-        dilation = dilation if kernel > 1 else 1
-        axes.append(
-            min(
-                (
-                    _Axis(kernel, dilation, block, -(-size // (block * dilation)))
-                    for block in range(most, 0, -1)
-                ),
-                key=lambda axis: axis.points * axis.blocks,
-            )
-        )
+        largest = min(_LARGEST_BLOCK, _MOST_POINTS - kernel + 1) if kernel > 1 else 1
+        step = dilation if kernel > 1 else 1
+        choices = [
+            _Axis(kernel, step, block, -(-size // (block * step)))
+            for block in range(largest, 0, -1)
+        ]
+        axes.append(min(choices, key=lambda axis: axis.points * axis.blocks))
     return tuple(axes)
 
 
@@ -146,8 +145,6 @@ def _convolve(x: Array, weight: Array, axes: tuple[_Axis, ...]) -> Array:
     images = -(-batch // image_tiles)
 
     def one_tile(x: Array) -> Array:
-        sizes = rows.inputs(blocks), columns.inputs(columns.blocks)
-        x = pad(x, tuple((0, max(0, a - b)) for a, b in zip(sizes, x.shape[1:3], strict=True)), 0)
         return _convolve_tile(x, kernels, (rows._replace(blocks=blocks), columns), width)
 
     if rows_tiles * image_tiles == 1:
@@ -160,7 +157,7 @@ def _convolve(x: Array, weight: Array, axes: tuple[_Axis, ...]) -> Array:
 
     def add_tile(i: Array, y: Array) -> Array:
         image = jnp.asarray(first_images)[i // rows_tiles]
-        origin = [image, jnp.asarray(first_rows)[i % rows_tiles], 0, 0]
+        origin: list[Array | int] = [image, jnp.asarray(first_rows)[i % rows_tiles], 0, 0]
         tile = lax.dynamic_slice(x, origin, (images, in_rows, x.shape[2], channels))
         return lax.dynamic_update_slice(y, one_tile(tile)[:, :out_rows], origin)
 
@@ -174,7 +171,7 @@ def _transformed_kernel(weight: Array, axes: tuple[_Axis, ...]) -> Array:
     rows, columns = (transforms(axis.block, axis.kernel)[1] for axis in axes)
     both = np.einsum("tj,si->tsij", columns, rows).reshape(-1, rows.shape[1] * columns.shape[1])
     flat = weight.reshape(both.shape[1], -1)
-    return (both @ flat).reshape(len(columns), len(rows), *weight.shape[2:])
+    return _product(both, flat).reshape(len(columns), len(rows), *weight.shape[2:])
 
 
 def _convolve_tile(x: Array, kernels: Array, axes: tuple[_Axis, ...], width: int) -> Array:
@@ -201,9 +198,9 @@ def _convolve_tile(x: Array, kernels: Array, axes: tuple[_Axis, ...], width: int
 
 def _rows_to_points(x: Array, rows: _Axis, columns: _Axis) -> Array:
     """The inputs of every block of rows at the points, `(points, N * blocks * ...)`."""
-    overlap = -(-(rows.points - rows.block) // rows.block)
-    x = pad(x, tuple(_whole(x.shape[i + 1], axis) for i, axis in enumerate((rows, columns))), 0)
-    x = x.reshape(x.shape[0], rows.blocks + overlap, rows.block, -1)
+    whole = [(axis.blocks + axis.overlap) * axis.step for axis in (rows, columns)]
+    x = pad(x, tuple((0, a - b) for a, b in zip(whole, x.shape[1:3], strict=True)), 0)
+    x = x.reshape(x.shape[0], rows.blocks + rows.overlap, rows.block, -1)
     slices = [
         x[:, start : start + rows.blocks, place]
         for start, place in (divmod(i, rows.block) for i in range(rows.points))
@@ -212,14 +209,8 @@ def _rows_to_points(x: Array, rows: _Axis, columns: _Axis) -> Array:
     return _product(transforms(rows.block, rows.kernel)[2], windows)
 
 
-def _whole(size: int, axis: _Axis) -> tuple[int, int]:
-    """The padding that makes the inputs of an axis whole blocks."""
-    overlap = -(-(axis.points - axis.block) // axis.block)
-    return 0, (axis.blocks + overlap) * axis.step - size
-
-
 def _product(matrix: np.ndarray, x: Array) -> Array:
-    return x if len(matrix) == matrix.shape[1] == 1 else matrix @ x
+    return x if matrix.shape == (1, 1) else jnp.asarray(matrix) @ x
 
 
 def _combine(coefficients: np.ndarray, terms: Iterable[Array]) -> Array:
@@ -227,11 +218,7 @@ def _combine(coefficients: np.ndarray, terms: Iterable[Array]) -> Array:
     total: Array | None = None
     for c, term in zip(coefficients, terms, strict=True):
         if c:
-            scaled = term if c == 1 else c * term
+            scaled = term if c == 1 else term * c
             total = scaled if total is None else total + scaled
     assert total is not None
     return total
-
-
-def _unpadded(geometry: Geometry) -> Geometry:
-    return geometry._replace(padding=((0, 0),) * len(geometry.padding))
