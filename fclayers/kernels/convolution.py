@@ -41,28 +41,34 @@ def convolve(
         return _plain(x, weight, geometry, groups, precision).astype(wide)
 
     def on_cpu(x: Array, weight: Array) -> Array:
-        x, weight = x.astype(wide), weight.astype(wide)
-        rows = x.shape[0] * prod(positions(x.shape[1:-1], geometry))
-        fan_in, fan_out = prod(weight.shape[:-1]), weight.shape[-1]
-        if not isinstance(rows, int):  # symbolic in an export
-            return _plain(x, weight, geometry, groups, precision)
-        if shifted_sums_win(x.shape, weight.shape, geometry, groups):
-            return shifted_convolve(x, weight, geometry, groups)
-        if 1 < groups <= CROSSOVERS.split_groups:
-            parts = zip(jnp.split(x, groups, -1), jnp.split(weight, groups, -1), strict=True)
-            return jnp.concatenate([on_cpu(*part) for part in parts], -1)
-        if groups > 1:
-            return _plain(x, weight, geometry, groups, precision)
-        if prod(geometry.kernel) == 1 or rows <= fan_out:
-            return _product_of_patches(x, weight, geometry, precision)
-        if _may_be_rounded(wide, precision) and winograd_wins(x.shape, weight.shape, geometry):
-            return _convolve_by(_in_fewer_products, geometry, precision, x, weight)
-        if rows * fan_in * wide.itemsize > CROSSOVERS.large_patches:
-            return _convolve_by(_in_tiles, geometry, precision, x, weight)
-        return _plain(x, weight, geometry, groups, precision)
+        return _fastest(x.astype(wide), weight.astype(wide), geometry, groups, precision)
 
     y: Array = lax.platform_dependent(x, weight, cpu=on_cpu, default=on_accelerators)
     return y
+
+
+def _fastest(
+    x: Array, weight: Array, geometry: Geometry, groups: int, precision: lax.PrecisionLike
+) -> Array:
+    """Convolves in the formulation that is fastest on CPUs."""
+    rows = x.shape[0] * prod(positions(x.shape[1:-1], geometry))
+    fan_in, fan_out = prod(weight.shape[:-1]), weight.shape[-1]
+    if not isinstance(rows, int):  # symbolic in an export
+        return _plain(x, weight, geometry, groups, precision)
+    if shifted_sums_win(x.shape, weight.shape, geometry, groups):
+        return shifted_convolve(x, weight, geometry, groups)
+    if 1 < groups <= CROSSOVERS.split_groups:
+        parts = zip(jnp.split(x, groups, -1), jnp.split(weight, groups, -1), strict=True)
+        return jnp.concatenate([_fastest(*part, geometry, 1, precision) for part in parts], -1)
+    if groups > 1:
+        return _plain(x, weight, geometry, groups, precision)
+    if prod(geometry.kernel) == 1 or rows <= fan_out:
+        return _product_of_patches(x, weight, geometry, precision)
+    if _may_round(x.dtype, precision) and winograd_wins(x.shape, weight.shape, geometry):
+        return _convolve_by(_in_fewer_products, geometry, precision, x, weight)
+    if rows * fan_in * x.dtype.itemsize > CROSSOVERS.large_patches:
+        return _convolve_by(_in_tiles, geometry, precision, x, weight)
+    return _plain(x, weight, geometry, groups, precision)
 
 
 def quantized_convolve(
@@ -85,7 +91,7 @@ def quantized_convolve(
     return at_once(x, matrix, scale)
 
 
-def _may_be_rounded(dtype: jnp.dtype, precision: lax.PrecisionLike) -> bool:
+def _may_round(dtype: jnp.dtype, precision: lax.PrecisionLike) -> bool:
     """Whether differences of 1e-5 of the largest result are within what was asked for."""
     if precision is None:
         precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
