@@ -84,6 +84,16 @@ def check_fewer_products(case, tile):
     np.testing.assert_allclose(y, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("kernel", winograd._LARGEST_BLOCKS)
+def test_transforms_of_every_block(kernel):
+    rng = np.random.default_rng(0)
+    for block in range(1, winograd._LARGEST_BLOCKS[kernel] + 1):
+        from_points, of_kernel, to_points = winograd.transforms(block, kernel)
+        x, weight = rng.standard_normal(block + kernel - 1), rng.standard_normal(kernel)
+        y = from_points @ ((of_kernel @ weight) * (to_points @ x))
+        np.testing.assert_allclose(y, np.correlate(x, weight, "valid"), rtol=1e-5, atol=1e-5)
+
+
 @given(convolutions(strides=1), st.sampled_from([1, 2**14, 2**24]))
 @settings(max_examples=8)
 def test_fewer_products(case, tile):

@@ -103,8 +103,8 @@ def transforms(block: int, kernel: int) -> tuple[np.ndarray, np.ndarray, np.ndar
     for i, point in enumerate(points):
         others = np.delete(points, i)
         scales[i] = np.prod(point - others)
-        inputs[i, :-1] = np.poly(others)[::-1]
-    inputs[-1] = np.poly(points)[::-1] if n > 1 else 1
+        inputs[i, :-1] = np.atleast_1d(np.poly(others))[::-1]
+    inputs[-1] = np.atleast_1d(np.poly(points))[::-1]
     outputs, kernels = at_points(block).T, at_points(kernel) / scales
     return outputs.astype(np.float32), kernels.astype(np.float32), inputs.astype(np.float32)
 
