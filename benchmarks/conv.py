@@ -6,7 +6,7 @@ channels last. Backward is the loss ½ mean(y²) with its gradients with respect
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,42 +20,82 @@ import fclayers as fc
 
 Candidates = Mapping[str, Callable[[], Any]]
 
-# batch, map, kernel, in channels, out channels
+
+class Conv(NamedTuple):
+    """A convolution of square maps without padding."""
+
+    batch: int
+    size: int
+    kernel: int
+    inputs: int
+    outputs: int
+    dilation: int = 1
+    groups: int = 1
+
+    def __str__(self) -> str:
+        """The first five sizes, and the others where they are not 1."""
+        extras = {"dilation": self.dilation, "groups": self.groups}
+        named = "".join(f", {name} {value}" for name, value in extras.items() if value > 1)
+        return f"{tuple(self[:5])}{named}"
+
+
 CONVS = [
-    (1, 7, 7, 512, 4096),
-    (1, 14, 7, 512, 4096),
-    (1, 28, 7, 512, 4096),
-    (1, 240, 1, 128, 113),
-    (1, 56, 1, 256, 512),
-    (8, 28, 1, 256, 512),
-    (32, 14, 1, 512, 512),
-    (1, 14, 3, 512, 512),
-    (8, 7, 3, 512, 512),
-    (1, 56, 3, 64, 64),
-    (64, 8, 3, 1, 16),
+    Conv(1, 7, 7, 512, 4096),
+    Conv(1, 14, 7, 512, 4096),
+    Conv(1, 28, 7, 512, 4096),
+    Conv(1, 240, 1, 128, 113),
+    Conv(1, 56, 1, 256, 512),
+    Conv(8, 28, 1, 256, 512),
+    Conv(32, 14, 1, 512, 512),
+    Conv(1, 14, 3, 512, 512),
+    Conv(8, 7, 3, 512, 512),
+    Conv(1, 56, 3, 64, 64),
+    Conv(64, 8, 3, 1, 16),
+    Conv(1, 250, 5, 48, 48, dilation=2),
+    Conv(1, 240, 4, 48, 48, dilation=4),
+    Conv(1, 112, 3, 128, 128),
+    Conv(1, 56, 3, 256, 256),
+    Conv(1, 128, 3, 32, 32, dilation=2),
+    Conv(1, 240, 3, 1, 8),
+    Conv(1, 256, 4, 1, 48),
+    Conv(1, 224, 3, 3, 64),
+    Conv(1, 112, 3, 32, 32, groups=32),
+    Conv(1, 56, 3, 128, 128, groups=128),
+    Conv(1, 14, 3, 512, 512, groups=512),
+    Conv(1, 56, 3, 128, 128, groups=32),
+    Conv(1, 56, 3, 128, 128, groups=4),
 ]
 # batch, map, channels, window, stride
 POOLS = [(1, 224, 64, 2, 2), (8, 56, 64, 2, 2), (1, 112, 64, 3, 2), (1, 128, 64, 2, 1)]
 
 
-def plain_conv(params: Any, x: jax.Array) -> jax.Array:
+def plain_conv(params: Any, x: jax.Array, *, dilation: int, groups: int) -> jax.Array:
     y = lax.conv_general_dilated(
-        x, params.weight, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        x,
+        params.weight,
+        (1, 1),
+        "VALID",
+        rhs_dilation=(dilation, dilation),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
     )
     return y + params.bias
 
 
-def conv(
-    batch: int, size: int, kernel: int, inputs: int, outputs: int, backward: bool
-) -> Candidates:
-    params = fc.init_conv(jax.random.key(0), (kernel, kernel), inputs, outputs)
-    x = np.random.default_rng(0).standard_normal((batch, size, size, inputs), np.float32)
+def conv(case: Conv, *, backward: bool) -> Candidates:
+    kwargs = {"dilation": case.dilation, "groups": case.groups}
+    kernel = (case.kernel, case.kernel)
+    params = fc.init_conv(jax.random.key(0), kernel, case.inputs, case.outputs, groups=case.groups)
+    shape = (case.batch, case.size, case.size, case.inputs)
+    x = np.random.default_rng(0).standard_normal(shape, np.float32)
     weight = torch.tensor(np.transpose(params.weight, (3, 2, 0, 1)))
     weight = weight.contiguous(memory_format=torch.channels_last)
-    torch_conv = partial(F.conv2d, weight=weight, bias=torch.tensor(np.asarray(params.bias)))
+    bias = torch.tensor(np.asarray(params.bias))
+    torch_conv = partial(F.conv2d, weight=weight, bias=bias, **kwargs)
+    ours, plain = partial(fc.apply_conv, **kwargs), partial(plain_conv, **kwargs)
     return _candidates(
-        {"fclayers": partial(fc.apply_conv, params), "lax": partial(plain_conv, params)},
-        {"fclayers": fc.apply_conv, "lax": plain_conv},
+        {"fclayers": partial(ours, params), "lax": partial(plain, params)},
+        {"fclayers": ours, "lax": plain},
         torch_conv,
         params,
         x,
@@ -127,11 +167,11 @@ def _ready(call: Callable[..., Any], *args: Any) -> Any:
 if __name__ == "__main__":
     timing.run(
         {
-            f"{'both' if backward else 'forward'} conv {shape}": partial(
-                conv, *shape, backward=backward
+            f"{'both' if backward else 'forward'} conv {case}": partial(
+                conv, case, backward=backward
             )
             for backward in (False, True)
-            for shape in CONVS
+            for case in CONVS
         }
         | {
             f"{'both' if backward else 'forward'} {kind} pool {shape}": partial(

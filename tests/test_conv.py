@@ -16,6 +16,7 @@ from strategies import window_cases
 
 import fclayers as fc
 from fclayers.kernels import convolution
+from fclayers.kernels.crossovers import CROSSOVERS
 from fclayers.kernels.windows import make_geometry
 
 
@@ -289,8 +290,8 @@ def test_tiles_are_the_convolution(case):
     geometry = make_geometry(x.shape, case.kernel, case.stride, case.padding, case.dilation)
 
     def in_tiles(weight, x):
-        with mock.patch.object(convolution, "_TILE_PATCHES", 200):
-            return convolution._in_tiles(x, weight, geometry, None)
+        with mock.patch.object(convolution, "CROSSOVERS", CROSSOVERS._replace(tile_patches=200)):
+            return convolution._convolve_by(convolution._in_tiles, geometry, None, x, weight)
 
     def plain(weight, x):
         kwargs = {"stride": case.stride, "padding": case.padding, "dilation": case.dilation}

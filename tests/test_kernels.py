@@ -1,12 +1,22 @@
 """Formulations for CPUs against XLA's own."""
 
+from functools import partial
+from unittest import mock
+
+import chex
 import jax
 import jax.numpy as jnp
+import jax.test_util
 import numpy as np
-from hypothesis import given
+import pytest
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from jax import lax
 
+import fclayers as fc
+from fclayers.kernels import winograd
+from fclayers.kernels.convolution import _plain, convolve
+from fclayers.kernels.crossovers import CROSSOVERS
+from fclayers.kernels.shifted import shifted_convolve
 from fclayers.kernels.unrolled import unrolled_convolve
 from fclayers.kernels.windows import Geometry
 
@@ -35,15 +45,153 @@ def tiny_convolutions(draw):
 @given(tiny_convolutions())
 def test_tiny_maps_as_one_product(case):
     x, weight, geometry = case
-    spatial = "DHW"[3 - len(geometry.kernel) :]
     with jax.enable_x64(True):
-        expected = lax.conv_general_dilated(
-            jnp.asarray(x),
-            jnp.asarray(weight),
-            geometry.strides,
-            geometry.padding,
-            rhs_dilation=geometry.dilations,
-            dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
-        )
+        expected = _plain(jnp.asarray(x), jnp.asarray(weight), geometry, 1, None)
         y = unrolled_convolve(jnp.asarray(x), jnp.asarray(weight), geometry, None)
     np.testing.assert_allclose(y, expected, rtol=1e-12, atol=1e-12)
+
+
+@st.composite
+def convolutions(draw, *, strides=2, kernels=7, most=12, groups=1):
+    """Maps a few times as large as the kernel, and as many channels as `most` per group."""
+    ndim = draw(st.integers(1, 2))
+
+    def per_axis(low, high):
+        return tuple(draw(st.integers(low, high)) for _ in range(ndim))
+
+    kernel, dilations, padding = per_axis(1, kernels), per_axis(1, 3), per_axis(0, 2)
+    spatial = tuple(
+        (k - 1) * d + extra for k, d, extra in zip(kernel, dilations, per_axis(1, 20), strict=True)
+    )
+    geometry = Geometry(kernel, per_axis(1, strides), tuple((p, 1) for p in padding), dilations)
+    groups = draw(st.integers(1, groups))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    inputs, outputs = draw(st.integers(1, most)), draw(st.integers(1, most))
+    x = rng.standard_normal((draw(st.integers(1, 3)), *spatial, inputs * groups))
+    weight = rng.standard_normal((*kernel, inputs, outputs * groups))
+    return x, weight, geometry, groups
+
+
+def check_fewer_products(case, tile):
+    x, weight, geometry, _ = case
+    with jax.enable_x64(True):
+        expected = _plain(jnp.asarray(x), jnp.asarray(weight), geometry, 1, None)
+    small = CROSSOVERS._replace(large_patches=0, winograd_tile=tile)
+    with mock.patch.object(winograd, "CROSSOVERS", small):
+        y = winograd.winograd_convolve(jnp.float32(x), jnp.float32(weight), geometry)
+    assert y.dtype == jnp.float32
+    assert y.shape == expected.shape
+    np.testing.assert_allclose(y, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("kernel", winograd._LARGEST_BLOCKS)
+def test_transforms_of_every_block(kernel):
+    rng = np.random.default_rng(0)
+    for block in range(1, winograd._LARGEST_BLOCKS[kernel] + 1):
+        from_points, of_kernel, to_points = winograd.transforms(block, kernel)
+        x, weight = rng.standard_normal(block + kernel - 1), rng.standard_normal(kernel)
+        y = from_points @ ((of_kernel @ weight) * (to_points @ x))
+        np.testing.assert_allclose(y, np.correlate(x, weight, "valid"), rtol=1e-5, atol=1e-5)
+
+
+@given(convolutions(strides=1), st.sampled_from([1, 2**14, 2**24]))
+@settings(max_examples=8)
+def test_fewer_products(case, tile):
+    """Tiles of one block, of some blocks or images, and no tiles."""
+    check_fewer_products(case, tile)
+
+
+@pytest.mark.slow
+@given(convolutions(strides=1, most=100), st.sampled_from([1, 2**18, 2**24]))
+@settings(max_examples=60)
+def test_fewer_products_with_many_channels(case, tile):
+    check_fewer_products(case, tile)
+
+
+@given(convolutions(kernels=3, most=3, groups=4))
+@settings(max_examples=10)
+def test_sums_of_shifted_inputs(case):
+    x, weight, geometry, groups = case
+    with jax.enable_x64(True):
+        expected = _plain(jnp.asarray(x), jnp.asarray(weight), geometry, groups, None)
+        y = shifted_convolve(jnp.asarray(x), jnp.asarray(weight), geometry, groups)
+    np.testing.assert_allclose(y, expected, rtol=1e-12, atol=1e-12)
+
+
+CHOSEN = Geometry((3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1))
+
+
+def chosen_case(groups=1):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((1, 28, 28, 32 * groups))
+    weight = rng.standard_normal((3, 3, 32, 32 * groups))
+    assert winograd.winograd_wins((1, 28, 28, 32), (3, 3, 32, 32), CHOSEN)
+    return x, weight
+
+
+def test_fewer_products_only_at_default_precision():
+    x, weight = map(jnp.float32, chosen_case())
+    params = fc.ConvParams(weight, None)
+    apply = partial(fc.apply_conv, params, x, padding=1)
+    direct = jax.jit(partial(_plain, geometry=CHOSEN, groups=1, precision="highest"))(x, weight)
+    assert not np.array_equal(apply(), direct)
+    chex.assert_trees_all_close(apply(), direct, rtol=0, atol=2e-5 * float(jnp.abs(direct).max()))
+    np.testing.assert_array_equal(apply(precision="highest"), direct)
+    with jax.default_matmul_precision("highest"):
+        np.testing.assert_array_equal(apply(), direct)
+
+
+def test_float64_is_direct():
+    with jax.enable_x64(True):
+        x, weight = map(jnp.asarray, chosen_case())
+        np.testing.assert_allclose(
+            convolve(x, weight, CHOSEN, 1, None),
+            _plain(x, weight, CHOSEN, 1, None),
+            rtol=1e-13,
+            atol=1e-11,
+        )
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_derivatives_of_fewer_products(groups):
+    """First derivatives, forward and reverse, and one of the second order."""
+    x, weight = map(jnp.float32, chosen_case(groups))
+    tangents = jnp.ones_like(x), jnp.cos(weight)
+
+    def derivatives(function):
+        def loss(x, weight):
+            return (function(x, weight, CHOSEN, groups, None) ** 2).mean()
+
+        gradient = jax.grad(loss, (0, 1))
+        return jax.jvp(loss, (x, weight), tangents), jax.jvp(gradient, (x, weight), tangents)
+
+    ours, expected = (jax.jit(partial(derivatives, function))() for function in (convolve, _plain))
+    for a, b in zip(*map(jax.tree.leaves, (ours, expected)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * np.abs(b).max())
+
+
+@given(convolutions(most=2, groups=3))
+@settings(max_examples=5)
+def test_groups_one_by_one(case):
+    x, weight, geometry, groups = case
+    assume(groups > 1)
+    x, weight = jnp.float32(x), jnp.float32(weight)
+    split = CROSSOVERS._replace(grouped_terms=0, shifted_terms=0)
+    with (
+        mock.patch("fclayers.kernels.shifted.CROSSOVERS", split),
+        mock.patch("fclayers.kernels.convolution.CROSSOVERS", split),
+    ):
+        y = convolve(x, weight, geometry, groups, None)
+    np.testing.assert_allclose(y, _plain(x, weight, geometry, groups, None), rtol=1e-4, atol=1e-4)
+
+
+def test_gradient_of_a_pool_of_tiles():
+    """With two rows and a column that belong to no window."""
+    with jax.enable_x64(True):
+        x = jax.random.normal(jax.random.key(0), (2, 8, 7, 3), jnp.float64)
+        pool = partial(fc.avg_pool, window_shape=(3, 2))
+        gradient = jax.grad(lambda x: (pool(x) ** 2).sum())(x)
+        expected = np.zeros(x.shape)
+        expected[:, :6, :6] = np.repeat(np.repeat(2 * pool(x) / 6, 3, 1), 2, 2)
+        np.testing.assert_allclose(gradient, expected, rtol=1e-13, atol=1e-13)
+        jax.test_util.check_grads(lambda x: pool(x) ** 2, (x,), order=2)

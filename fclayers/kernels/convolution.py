@@ -1,10 +1,12 @@
 """The convolution, in the formulation that is fastest for the shape on CPUs.
 
 XLA's CPU backend materializes all patches of a convolution and multiplies them by the kernel. For
-few positions, slices and one product are faster; if the patches do not fit into the caches, tiles
-that do are faster.
+few positions, slices and one product are faster; for many, fewer products, as in Winograd's
+algorithm; for few terms, sums of shifted inputs; and if the patches do not fit into the caches,
+tiles that do. Groups are convolved one by one.
 """
 
+from collections.abc import Callable
 from functools import partial
 from math import prod
 
@@ -16,13 +18,14 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array
 
 from fclayers._util.dtypes import accumulation_dtype
+from fclayers.kernels.crossovers import CROSSOVERS
 from fclayers.kernels.int8 import dequantized, quantized_product
 from fclayers.kernels.product import matrix_product
+from fclayers.kernels.shifted import shifted_convolve, shifted_sums_win
 from fclayers.kernels.windows import Geometry, pad, positions, taps
+from fclayers.kernels.winograd import winograd_convolve, winograd_wins
 
-# Above the first number of bytes, patches are computed in tiles with the second number of bytes.
-_LARGE_PATCHES = 2**25
-_TILE_PATCHES = 2**22
+Formulation = Callable[[Array, Array, Geometry, lax.PrecisionLike], Array]
 
 
 def convolve(
@@ -38,21 +41,34 @@ def convolve(
         return _plain(x, weight, geometry, groups, precision).astype(wide)
 
     def on_cpu(x: Array, weight: Array) -> Array:
-        x, weight = x.astype(wide), weight.astype(wide)
-        if groups > 1:
-            return _plain(x, weight, geometry, groups, precision)
-        rows = x.shape[0] * prod(positions(x.shape[1:-1], geometry))
-        fan_in, fan_out = prod(weight.shape[:-1]), weight.shape[-1]
-        if not isinstance(rows, int):  # symbolic in an export
-            return _plain(x, weight, geometry, groups, precision)
-        if prod(geometry.kernel) == 1 or rows <= fan_out:
-            return _product_of_patches(x, weight, geometry, precision)
-        if rows * fan_in * wide.itemsize > _LARGE_PATCHES:
-            return _in_tiles(x, weight, geometry, precision)
-        return _plain(x, weight, geometry, groups, precision)
+        return _fastest(x.astype(wide), weight.astype(wide), geometry, groups, precision)
 
     y: Array = lax.platform_dependent(x, weight, cpu=on_cpu, default=on_accelerators)
     return y
+
+
+def _fastest(
+    x: Array, weight: Array, geometry: Geometry, groups: int, precision: lax.PrecisionLike
+) -> Array:
+    """Convolves in the formulation that is fastest on CPUs."""
+    rows = x.shape[0] * prod(positions(x.shape[1:-1], geometry))
+    fan_in, fan_out = prod(weight.shape[:-1]), weight.shape[-1]
+    if not isinstance(rows, int):  # symbolic in an export
+        return _plain(x, weight, geometry, groups, precision)
+    if shifted_sums_win(x.shape, weight.shape, geometry, groups):
+        return shifted_convolve(x, weight, geometry, groups)
+    if 1 < groups <= CROSSOVERS.split_groups:
+        parts = zip(jnp.split(x, groups, -1), jnp.split(weight, groups, -1), strict=True)
+        return jnp.concatenate([_fastest(*part, geometry, 1, precision) for part in parts], -1)
+    if groups > 1:
+        return _plain(x, weight, geometry, groups, precision)
+    if prod(geometry.kernel) == 1 or rows <= fan_out:
+        return _product_of_patches(x, weight, geometry, precision)
+    if _may_round(x.dtype, precision) and winograd_wins(x.shape, weight.shape, geometry):
+        return _convolve_by(_in_fewer_products, geometry, precision, x, weight)
+    if rows * fan_in * x.dtype.itemsize > CROSSOVERS.large_patches:
+        return _convolve_by(_in_tiles, geometry, precision, x, weight)
+    return _plain(x, weight, geometry, groups, precision)
 
 
 def quantized_convolve(
@@ -73,6 +89,13 @@ def quantized_convolve(
         y: Array = lax.platform_dependent(x, matrix, scale, cpu=product_of_patches, default=at_once)
         return y
     return at_once(x, matrix, scale)
+
+
+def _may_round(dtype: jnp.dtype, precision: lax.PrecisionLike) -> bool:
+    """Whether differences of 1e-5 of the largest result are within what was asked for."""
+    if precision is None:
+        precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    return dtype == jnp.float32 and precision in (None, "default", lax.Precision.DEFAULT)
 
 
 def _plain(
@@ -107,13 +130,18 @@ def _patches(x: Array, geometry: Geometry) -> Array:
     return x.reshape(*x.shape[: ndim + 1], prod(geometry.kernel) * x.shape[-1])
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _in_fewer_products(
+    x: Array, weight: Array, geometry: Geometry, precision: lax.PrecisionLike
+) -> Array:
+    return winograd_convolve(x, weight, geometry)
+
+
 def _in_tiles(x: Array, weight: Array, geometry: Geometry, precision: lax.PrecisionLike) -> Array:
     """One product of patches after the other, for some rows of the first spatial axis each."""
     batch, outputs = x.shape[0], positions(x.shape[1:-1], geometry)
     x = pad(x, geometry.padding, 0)
     bytes_per_row = prod(outputs[1:]) * prod(weight.shape[:-1]) * x.dtype.itemsize
-    num_tiles = -(-outputs[0] // max(1, _TILE_PATCHES // bytes_per_row))
+    num_tiles = -(-outputs[0] // max(1, CROSSOVERS.tile_patches // bytes_per_row))
     rows = -(-outputs[0] // num_tiles)
     stride, reach = geometry.strides[0], (geometry.kernel[0] - 1) * geometry.dilations[0] + 1
     unpadded = geometry._replace(padding=((0, 0),) * len(geometry.padding))
@@ -134,15 +162,28 @@ def _in_tiles(x: Array, weight: Array, geometry: Geometry, precision: lax.Precis
     return y
 
 
-@partial(_in_tiles.defjvp, symbolic_zeros=True)
-def _in_tiles_jvp(
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _convolve_by(
+    formulation: Formulation,
+    geometry: Geometry,
+    precision: lax.PrecisionLike,
+    x: Array,
+    weight: Array,
+) -> Array:
+    """Convolves by the formulation; derivatives are those of XLA's convolution."""
+    return formulation(x, weight, geometry, precision)
+
+
+@partial(_convolve_by.defjvp, symbolic_zeros=True)
+def _convolve_by_jvp(
+    formulation: Formulation,
     geometry: Geometry,
     precision: lax.PrecisionLike,
     primals: tuple[Array, Array],
     tangents: tuple[Array | SymbolicZero, Array | SymbolicZero],
 ) -> tuple[Array, Array]:
     (x, weight), (x_dot, weight_dot) = primals, tangents
-    y = _in_tiles(x, weight, geometry, precision)
+    y = _convolve_by(formulation, geometry, precision, x, weight)
     y_dot = jnp.zeros_like(y)
     if not isinstance(x_dot, SymbolicZero):
         y_dot += _plain(x_dot, weight, geometry, 1, precision)

@@ -12,12 +12,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
+from fclayers.kernels.crossovers import CROSSOVERS
 from fclayers.kernels.product import matrix_product
 from fclayers.kernels.windows import Geometry, positions
-
-# For maps with this many times as many elements as the kernel, the convolution is as fast.
-_MOST_ELEMENTS = 2
-_MOST_WEIGHTS = 2**22
 
 
 def is_tiny(x_shape: tuple[int, ...], weight_shape: tuple[int, ...], geometry: Geometry) -> bool:
@@ -25,7 +22,7 @@ def is_tiny(x_shape: tuple[int, ...], weight_shape: tuple[int, ...], geometry: G
     inputs, kernel = prod(x_shape[1:-1]), prod(weight_shape[:-2])
     outputs = prod(positions(x_shape[1:-1], geometry))
     weights = inputs * outputs * weight_shape[-2] * weight_shape[-1]
-    return inputs <= _MOST_ELEMENTS * kernel and weights <= _MOST_WEIGHTS
+    return inputs <= CROSSOVERS.tiny_elements * kernel and weights <= CROSSOVERS.tiny_weights
 
 
 def unrolled_convolve(
