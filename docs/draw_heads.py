@@ -16,6 +16,17 @@ SHAPE = "2048 × 512 → 32768"
 CASE = f"cross-entropy {SHAPE}"
 INK, BLUE, BROWN, GREEN = "#222222", "#1f4e79", "#a8400c", "#3c7d3c"
 FAMILIES = {("fclayers", "chunks of"): BLUE, ("torch",): BROWN}
+# Where names would overlap: their distances in points, and their alignment.
+SIDES = {
+    "fclayers": (0, -14, "center"),
+    "chunks of 4096": (0, 9, "right"),
+    "jax-cce": (0, 9, "left"),
+    "torch 512 rows": (-2, -14, "left"),
+    "plain jax": (-6, -14, "right"),
+    "torch": (-2, 9, "right"),
+    "torch linear": (4, 9, "left"),
+    "tokamax": (2, -14, "left"),
+}
 
 Numbers = dict[str, float]
 
@@ -29,10 +40,16 @@ def draw(times: Numbers, memory: Numbers) -> Figure:
     axes.plot(*zip(*ours, strict=True), color=BLUE, alpha=0.4)
     for name, place in places.items():
         axes.plot(*place, "o", color=_color(name))
-        offset = {"xytext": (6, 4), "textcoords": "offset points"}
-        axes.annotate(name, place, color=_color(name), **offset)
+        *offset, align = SIDES.get(name, (6, 4, "left"))
+        text = {"xytext": offset, "textcoords": "offset points", "ha": align}
+        axes.annotate(name, place, color=_color(name), **text)
     axes.set_xscale("log")
-    axes.set(xlim=(2, 3000), ylim=(0, None), xlabel="temporaries in MB", ylabel="seconds")
+    axes.set(
+        xlim=(2, 3000),
+        ylim=(0, 1.05 * max(times.values())),
+        xlabel="temporaries in MB",
+        ylabel="seconds",
+    )
     axes.set_title(f"Cross-entropy and gradients, {SHAPE}, float32, two cores")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.2)
