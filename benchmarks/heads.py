@@ -6,7 +6,7 @@ bias. In PyTorch it is `cross_entropy` of the logits, `linear_cross_entropy`, an
 chunked options. The layers are one forward call; float32 is the plain layer.
 
 The memory of a JAX function is what XLA reports for its temporaries, that of PyTorch the growth of
-the process during its first call, without the gradients. It is printed and written to
+the process during its second call, without the gradients. It is printed and written to
 `outputs/benchmarks/heads_memory.json`; `draw_heads.py` draws it against the times.
 """
 
@@ -36,10 +36,12 @@ Shape = tuple[int, int, int]  # positions, features, classes
 
 SMALL, LARGE = (2048, 512, 32_768), (8192, 256, 131_072)
 MEMORY_FILE = Path("outputs/benchmarks/heads_memory.json")
+CHUNK_SIZES = (128, 4096)  # beside the default
+# The other accumulation policies are for half precision, and slower.
 OPTIONS = {
     "chunked": LinearCrossEntropyOptions(),
-    "chunked, aspect 1": LinearCrossEntropyOptions(chunking_method="aspect_ratio"),
-    "chunked, accurate": LinearCrossEntropyOptions(acc_policy="accurate"),
+    "aspect ratio 1": LinearCrossEntropyOptions(chunking_method="aspect_ratio"),
+    "512 rows": LinearCrossEntropyOptions(batch_chunk_size=512),
 }
 
 
@@ -68,16 +70,18 @@ def jax_losses(shape: Shape) -> dict[str, Callable[[], Any]]:
     """The cross-entropy with its gradients, by libraries on JAX."""
     params, x, labels = arrays(shape)
     weight = params.weight
-    case = named("cross-entropy", shape)
     tokamax_loss = partial(tokamax.linear_softmax_cross_entropy_loss, reduction="mean")
-    return {
-        "fclayers": compiled(case, "fclayers", mean_loss, (params, x, labels), (0, 1)),
-        "plain jax": compiled(case, "plain jax", plain_loss, (params, x, labels), (0, 1)),
-        "jax-cce": compiled(
-            case, "jax-cce", jax_cce.linear_cross_entropy, (x, weight.T, labels), (0, 1)
-        ),
-        "tokamax": compiled(case, "tokamax", tokamax_loss, (x, labels, weight), (0, 2)),
+    inputs = (params, x, labels)
+    losses = {
+        "fclayers": (mean_loss, inputs, (0, 1)),
+        "plain jax": (plain_loss, inputs, (0, 1)),
+        "jax-cce": (jax_cce.linear_cross_entropy, (x, weight.T, labels), (0, 1)),
+        "tokamax": (tokamax_loss, (x, labels, weight), (0, 2)),
     }
+    for size in CHUNK_SIZES if shape == SMALL else ():
+        losses[f"chunks of {size}"] = (partial(mean_loss, chunk_size=size), inputs, (0, 1))
+    case = named("cross-entropy", shape)
+    return {name: compiled(case, name, *arguments) for name, arguments in losses.items()}
 
 
 def torch_losses(shape: Shape) -> dict[str, Callable[[], Any]]:
@@ -108,7 +112,7 @@ def torch_losses(shape: Shape) -> dict[str, Callable[[], Any]]:
     results = sum(tensor.nbytes for tensor in (weight, bias, inputs))
     case = named("cross-entropy", shape)
     return {
-        name: first_measured(case, name, partial(backward, loss), clear, results)
+        name: measured(case, name, partial(backward, loss), clear, results)
         for name, loss in losses.items()
     }
 
@@ -118,20 +122,8 @@ def all_losses(shape: Shape) -> Candidates:
 
 
 def beside_torch(shape: Shape) -> Candidates:
-    """Half of the candidates, of a case that takes minutes."""
+    """Half of the candidates, for a case that takes minutes."""
     return {"fclayers": jax_losses(shape)["fclayers"], **torch_losses(shape)}
-
-
-def chunk_sizes(shape: Shape) -> Candidates:
-    """The same loss by chunks of a quarter of the default's size to all classes."""
-    case, inputs = named("chunk size", shape), arrays(shape)
-    sizes = [None, *(shape[2] // parts for parts in (256, 64, 16, 4))]
-    return {
-        str(size or "default"): compiled(
-            case, str(size or "default"), partial(mean_loss, chunk_size=size), inputs, (0, 1)
-        )
-        for size in sizes
-    }
 
 
 def log_prob(shape: Shape) -> Candidates:
@@ -203,15 +195,16 @@ def compiled(
     return partial(_ready, program, *inputs)
 
 
-def first_measured(
+def measured(
     case: str, name: str, call: Callable[[], Any], clear: Callable[[], Any], results: int
 ) -> Callable[[], Any]:
-    """A call that notes by how much its first run lets the process grow, without its results."""
-    done = False
+    """A call that notes by how much its second run lets the process grow, without its results."""
+    runs = 0
 
-    def measured() -> None:
-        nonlocal done
-        if done:
+    def counted() -> None:
+        nonlocal runs
+        runs += 1
+        if runs != 2:
             call()
             return
         clear()
@@ -220,9 +213,8 @@ def first_measured(
         before = _kilobytes("VmRSS")
         call()
         note_memory(case, name, max(0, 1024 * (_kilobytes("VmHWM") - before) - results))
-        done = True
 
-    return measured
+    return counted
 
 
 def note_memory(case: str, name: str, size: int) -> None:
@@ -276,7 +268,6 @@ def _ready(function: Callable[..., Any], *args: Any) -> Any:
 
 CASES = {
     named("cross-entropy", SMALL): partial(all_losses, SMALL),
-    named("chunk size", SMALL): partial(chunk_sizes, SMALL),
     named("log-probability and entropy", SMALL): partial(log_prob, SMALL),
     named("distillation", SMALL): partial(distillation, SMALL),
     named("sample", SMALL): partial(sample, SMALL),
