@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, Key, Num, UInt32
+from jaxtyping import Array, Float, Int, Num, PRNGKeyArray
 
 from fclayers._util.checks import check_key
 from fclayers._util.jit import jit
@@ -32,7 +32,7 @@ class Sample(NamedTuple):
 
 @jit("axis", "chunk_size", "row_chunk_size", "top_k", "softcap", "dtype", "precision")
 def linear_sample(
-    key: Key[Array, ""] | UInt32[Array, "key"],
+    key: PRNGKeyArray,
     params: LinearParams,
     x: Num[Array, "*batch_and_in"],
     *,
