@@ -191,7 +191,7 @@ def test_which_digits_are_hard(load, tmp_path, capfd):
         assert found.shape == (count,)
         assert found[-1] == 1
     assert result.found["by gradient norm"][count // 10] >= 0.9
-    assert result.found["by influence"][count // 10] >= 0.5
+    assert result.found["by influence"][count // 10] >= 0.4
     assert result.test >= 0.93
     accuracies, epsilons = result.private
     assert accuracies[-1] >= 0.8
