@@ -13,8 +13,8 @@ from jaxtyping import Array, PyTree
 Carry = TypeVar("Carry")
 Start = int | Array
 
-# Numbers of logits: 4 MB in float32 stay in a processor's caches, 16 MB keep an accelerator busy.
-_SMALL, _LARGE = 2**20, 2**22
+# Numbers of logits: 4 MB in float32 stay in a processor's caches, 64 MB keep an accelerator busy.
+_SMALL, _LARGE = 2**20, 2**24
 
 
 class Chunks(NamedTuple):

@@ -70,9 +70,9 @@ def linear_cross_entropy(
             NaN, and NaN gradients, unless `where` ignores it.
         axis: As in `apply_linear`.
         chunk_size: Number of classes whose logits are in memory at a time. Default: from the
-            shapes, so that a chunk takes no more memory than `x`, or 4 MB, and at most 16 MB.
+            shapes, so that a chunk takes no more memory than `x`, or 4 MB, and at most 64 MB.
         row_chunk_size: Number of positions whose logits are in memory at a time. Default: from the
-            shapes, all unless a chunk would take more than 16 MB.
+            shapes, all unless a chunk would take more than 64 MB.
         label_smoothing: Share of the labels' probability, in [0, 1], that is spread evenly over all
             classes, as in PyTorch.
         z_loss: Factor of the squared log-sum-exp, which is added to keep the logits from drifting.
