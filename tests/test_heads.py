@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,6 +53,14 @@ def plain_cross_entropy(params, x, labels, *, axis, softcap, class_weights, wher
     if reduction == "mean":
         return jnp.where(total.sum() == 0, 0, losses.sum() / jnp.where(total.sum(), total.sum(), 1))
     return losses if reduction == "none" else losses.sum()
+
+
+def cross_entropy_of_function(params, x, probabilities, **arguments):
+    def labels(classes):
+        assert classes.dtype == jnp.int32
+        return probabilities[..., classes]
+
+    return fc.linear_cross_entropy(params, x, labels, **arguments)
 
 
 def plain_distillation(student, teacher, x, x_teacher, *, axis, direction, where, **scale):
@@ -109,8 +118,11 @@ def cases(draw):
         more = {"where": where, "direction": direction, **scale}
     else:
         function, formula = fc.linear_cross_entropy, plain_cross_entropy
-        if draw(st.booleans()):
+        kind_of_labels = draw(st.sampled_from(["classes", "whole", "function"]))
+        if kind_of_labels != "classes":
             labels = rng.dirichlet(np.ones(classes), batch)
+        if kind_of_labels == "function":
+            function = cross_entropy_of_function
         args = (layer(), features(), labels)
         more = {
             "softcap": softcap,
@@ -334,6 +346,41 @@ def test_one_class_and_no_rows():
     assert not jax.grad(lambda p: fc.linear_log_prob(p, empty, none)[0].sum())(LAYER).weight.any()
 
 
+@pytest.mark.parametrize("as_function", [False, True])
+def test_ignored_probabilities_do_not_matter(as_function):
+    where = jnp.arange(15).reshape(3, 5) % 4 != 1
+    soft = jax.nn.softmax(jax.random.normal(KEY, (3, 5, 37)))
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(params, x, soft):
+        labels = (lambda classes: soft[..., classes]) if as_function else soft
+        return fc.linear_cross_entropy(params, x, labels, where=where, reduction="mean")
+
+    worse = (jnp.where(where[..., None], a, jnp.nan) for a in (X, soft))
+    chex.assert_trees_all_equal(loss(LAYER, *worse), loss(LAYER, X, soft))
+
+
+def test_labels_of_a_teacher_are_never_whole():
+    rows, classes = 1024, 2**16
+    student = jax.eval_shape(lambda: fc.init_linear(KEY, 64, classes))
+    x = jax.ShapeDtypeStruct((rows, 64), jnp.float32)
+
+    def loss(student, teacher, x, **sizes):
+        log_sum = fc.linear_logsumexp(teacher, x)
+
+        def labels(classes):
+            logits = x @ teacher.weight[:, classes] + teacher.bias[classes]
+            return jnp.exp(logits - log_sum[:, None])
+
+        return fc.linear_cross_entropy(student, x, labels, reduction="sum", **sizes)
+
+    for sizes in ({}, {"row_chunk_size": 10}):
+        step = jax.jit(jax.grad(partial(loss, **sizes), (0, 1, 2)))
+        memory = step.lower(student, student, x).compile().memory_analysis()
+        assert memory.temp_size_in_bytes < 4 * rows * classes / 4
+
+
 def test_infinite_logits():
     bias = jnp.zeros(37).at[3].set(jnp.inf)
     assert (fc.linear_logsumexp(LAYER._replace(bias=bias), X, chunk_size=10) == jnp.inf).all()
@@ -444,6 +491,21 @@ BAD = {
         lambda: fc.linear_cross_entropy(LAYER, X, LABELS, class_weights=jnp.ones(36)),
         ValueError,
         r"linear_cross_entropy: class_weights must have the shape \(37,\) .* \(36,\)",
+    ),
+    "function of another shape": (
+        lambda: fc.linear_cross_entropy(LAYER, X, lambda classes: jnp.ones(len(classes))),
+        ValueError,
+        r"linear_cross_entropy: labels\(classes\) for 37 .* shape \(3, 5, 37\) .* shape \(37,\)",
+    ),
+    "function of integers": (
+        lambda: fc.linear_cross_entropy(LAYER, X, lambda classes: classes),
+        TypeError,
+        r"linear_cross_entropy: labels\(classes\) must return probabilities, .* int32",
+    ),
+    "function of no array": (
+        lambda: fc.linear_cross_entropy(LAYER, X, labels=lambda classes: None),
+        TypeError,
+        r"linear_cross_entropy: labels\(classes\) must return probabilities, .* NoneType",
     ),
     "key": (
         lambda: fc.linear_sample(jnp.ones(3), LAYER, X),
