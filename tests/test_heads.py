@@ -176,6 +176,7 @@ def test_values_and_derivatives_are_those_of_the_formulas(case):
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12 * largest)
 
 
+@pytest.mark.slow
 @given(st.sampled_from(sorted(FORMS)), st.integers(1, 40), st.floats(0.3, 3), st.integers(0, 99))
 def test_log_probs_are_numpys(form, chunk_size, temperature, seed):
     """In float64 to 1e-12, in float32 to 1e-5, from the weight written out by its definition."""
@@ -243,7 +244,7 @@ def test_samples_are_distributed_as_the_probabilities(top_k):
 def test_a_draw_depends_on_no_chunk():
     draws = [
         fc.linear_sample(KEY, LAYER, X, temperature=2.0, **sizes)
-        for sizes in ({}, {"chunk_size": 5}, {"row_chunk_size": 4}, {"chunk_size": 1})
+        for sizes in ({}, {"chunk_size": 5, "row_chunk_size": 4}, {"chunk_size": 1})
     ]
     for labels, log_prob in draws:
         np.testing.assert_array_equal(labels, draws[0].labels)
@@ -256,6 +257,7 @@ def test_a_draw_depends_on_no_chunk():
     np.testing.assert_array_equal(raw.labels, draws[0].labels)
 
 
+@pytest.mark.slow
 def test_log_probs_of_samples_and_largest_logits_are_differentiable():
     labels = fc.linear_sample(KEY, LAYER, X).labels
 
@@ -277,6 +279,7 @@ def test_log_probs_of_samples_and_largest_logits_are_differentiable():
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_impossible_classes_do_not_matter():
     masked = LAYER._replace(bias=jnp.where(jnp.arange(37) % 3 == 1, -jnp.inf, LAYER.bias))
     kept = jnp.arange(37)[jnp.arange(37) % 3 != 1]
@@ -315,6 +318,7 @@ def test_impossible_classes_do_not_matter():
     assert not np.asarray(da.weight)[:, 1::3].any()
 
 
+@pytest.mark.slow
 def test_rows_without_a_possible_class_are_nan_unless_they_are_ignored():
     nothing = LAYER._replace(bias=jnp.full(37, -jnp.inf))
     assert (fc.linear_logsumexp(nothing, X) == -jnp.inf).all()
@@ -418,7 +422,7 @@ CALLS = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("backward", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_transposed_weight_is_read_in_place(name, backward):
     table = jax.ShapeDtypeStruct((5000, 1024), jnp.float32)
     x = jax.ShapeDtypeStruct((64, 1024), jnp.float32)
