@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,6 +53,14 @@ def plain_cross_entropy(params, x, labels, *, axis, softcap, class_weights, wher
     if reduction == "mean":
         return jnp.where(total.sum() == 0, 0, losses.sum() / jnp.where(total.sum(), total.sum(), 1))
     return losses if reduction == "none" else losses.sum()
+
+
+def cross_entropy_of_function(params, x, probabilities, **arguments):
+    def labels(classes):
+        assert classes.dtype == jnp.int32
+        return probabilities[..., classes]
+
+    return fc.linear_cross_entropy(params, x, labels, **arguments)
 
 
 def plain_distillation(student, teacher, x, x_teacher, *, axis, direction, where, **scale):
@@ -109,8 +118,11 @@ def cases(draw):
         more = {"where": where, "direction": direction, **scale}
     else:
         function, formula = fc.linear_cross_entropy, plain_cross_entropy
-        if draw(st.booleans()):
+        kind_of_labels = draw(st.sampled_from(["classes", "whole", "function"]))
+        if kind_of_labels != "classes":
             labels = rng.dirichlet(np.ones(classes), batch)
+        if kind_of_labels == "function":
+            function = cross_entropy_of_function
         args = (layer(), features(), labels)
         more = {
             "softcap": softcap,
@@ -164,6 +176,7 @@ def test_values_and_derivatives_are_those_of_the_formulas(case):
         np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12 * largest)
 
 
+@pytest.mark.slow
 @given(st.sampled_from(sorted(FORMS)), st.integers(1, 40), st.floats(0.3, 3), st.integers(0, 99))
 def test_log_probs_are_numpys(form, chunk_size, temperature, seed):
     """In float64 to 1e-12, in float32 to 1e-5, from the weight written out by its definition."""
@@ -231,7 +244,7 @@ def test_samples_are_distributed_as_the_probabilities(top_k):
 def test_a_draw_depends_on_no_chunk():
     draws = [
         fc.linear_sample(KEY, LAYER, X, temperature=2.0, **sizes)
-        for sizes in ({}, {"chunk_size": 5}, {"row_chunk_size": 4}, {"chunk_size": 1})
+        for sizes in ({}, {"chunk_size": 5, "row_chunk_size": 4}, {"chunk_size": 1})
     ]
     for labels, log_prob in draws:
         np.testing.assert_array_equal(labels, draws[0].labels)
@@ -244,6 +257,7 @@ def test_a_draw_depends_on_no_chunk():
     np.testing.assert_array_equal(raw.labels, draws[0].labels)
 
 
+@pytest.mark.slow
 def test_log_probs_of_samples_and_largest_logits_are_differentiable():
     labels = fc.linear_sample(KEY, LAYER, X).labels
 
@@ -265,6 +279,7 @@ def test_log_probs_of_samples_and_largest_logits_are_differentiable():
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_impossible_classes_do_not_matter():
     masked = LAYER._replace(bias=jnp.where(jnp.arange(37) % 3 == 1, -jnp.inf, LAYER.bias))
     kept = jnp.arange(37)[jnp.arange(37) % 3 != 1]
@@ -303,6 +318,7 @@ def test_impossible_classes_do_not_matter():
     assert not np.asarray(da.weight)[:, 1::3].any()
 
 
+@pytest.mark.slow
 def test_rows_without_a_possible_class_are_nan_unless_they_are_ignored():
     nothing = LAYER._replace(bias=jnp.full(37, -jnp.inf))
     assert (fc.linear_logsumexp(nothing, X) == -jnp.inf).all()
@@ -332,6 +348,41 @@ def test_one_class_and_no_rows():
     assert fc.linear_logsumexp(LAYER, empty).shape == (0,)
     assert fc.linear_cross_entropy(LAYER, empty, none, reduction="mean") == 0
     assert not jax.grad(lambda p: fc.linear_log_prob(p, empty, none)[0].sum())(LAYER).weight.any()
+
+
+@pytest.mark.parametrize("as_function", [False, True])
+def test_ignored_probabilities_do_not_matter(as_function):
+    where = jnp.arange(15).reshape(3, 5) % 4 != 1
+    soft = jax.nn.softmax(jax.random.normal(KEY, (3, 5, 37)))
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(params, x, soft):
+        labels = (lambda classes: soft[..., classes]) if as_function else soft
+        return fc.linear_cross_entropy(params, x, labels, where=where, reduction="mean")
+
+    worse = (jnp.where(where[..., None], a, jnp.nan) for a in (X, soft))
+    chex.assert_trees_all_equal(loss(LAYER, *worse), loss(LAYER, X, soft))
+
+
+def test_labels_of_a_teacher_are_never_whole():
+    rows, classes = 1024, 2**16
+    student = jax.eval_shape(lambda: fc.init_linear(KEY, 64, classes))
+    x = jax.ShapeDtypeStruct((rows, 64), jnp.float32)
+
+    def loss(student, teacher, x, **sizes):
+        log_sum = fc.linear_logsumexp(teacher, x)
+
+        def labels(classes):
+            logits = x @ teacher.weight[:, classes] + teacher.bias[classes]
+            return jnp.exp(logits - log_sum[:, None])
+
+        return fc.linear_cross_entropy(student, x, labels, reduction="sum", **sizes)
+
+    for sizes in ({}, {"row_chunk_size": 10}):
+        step = jax.jit(jax.grad(partial(loss, **sizes), (0, 1, 2)))
+        memory = step.lower(student, student, x).compile().memory_analysis()
+        assert memory.temp_size_in_bytes < 4 * rows * classes / 4
 
 
 def test_infinite_logits():
@@ -371,7 +422,7 @@ CALLS = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("backward", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_transposed_weight_is_read_in_place(name, backward):
     table = jax.ShapeDtypeStruct((5000, 1024), jnp.float32)
     x = jax.ShapeDtypeStruct((64, 1024), jnp.float32)
@@ -386,29 +437,30 @@ def test_a_transposed_weight_is_read_in_place(name, backward):
 
 
 @pytest.mark.parametrize(
-    ("rows", "classes"),
+    ("rows", "inputs", "classes"),
     [
-        (2**10, 2**14),
-        (2**16, 2**18),
+        (2**10, 64, 2**14),
+        (2**16, 1024, 2**18),
         *(
-            pytest.param(2**r, 2**c, marks=pytest.mark.slow)
-            for r, c in ((10, 18), (13, 16), (16, 14))
+            pytest.param(2**r, 64, 2**c, marks=pytest.mark.slow)
+            for r, c in ((10, 18), (13, 16), (16, 14), (16, 18))
         ),
     ],
 )
 @pytest.mark.parametrize("function", [fc.linear_cross_entropy, fc.linear_log_prob])
-def test_memory_is_bounded(function, rows, classes):
-    """Besides the results: three chunks of logits, of at most 2**22, and what is per row."""
-    layer = jax.eval_shape(lambda: fc.init_linear(KEY, 64, classes))
-    x = jax.ShapeDtypeStruct((rows, 64), jnp.float32)
+def test_memory_is_bounded(function, rows, inputs, classes):
+    """Three chunks of logits, of at most 2**24, one gradient of `x`, and what is smaller."""
+    layer = jax.eval_shape(lambda: fc.init_linear(KEY, inputs, classes))
+    x = jax.ShapeDtypeStruct((rows, inputs), jnp.float32)
     labels = jax.ShapeDtypeStruct((rows,), jnp.int32)
 
     def loss(params, x, labels):
         return sum(a.sum() for a in jax.tree.leaves(function(params, x, labels)))
 
     step = jax.jit(jax.grad(loss, (0, 1))).lower(layer, x, labels).compile()
-    most = min(2**22, rows * max(64, 2**20 // rows))
-    assert step.memory_analysis().temp_size_in_bytes <= 4 * (3 * most + 20 * rows + 2**18)
+    most = min(2**24, rows * max(inputs, 2**20 // rows))
+    most = 3 * most + (rows + 2 * inputs) * inputs + 20 * rows + 2**18
+    assert step.memory_analysis().temp_size_in_bytes <= 4 * most
 
 
 LOG_PROB = partial(fc.linear_log_prob, LAYER, X, LABELS)
@@ -443,6 +495,21 @@ BAD = {
         lambda: fc.linear_cross_entropy(LAYER, X, LABELS, class_weights=jnp.ones(36)),
         ValueError,
         r"linear_cross_entropy: class_weights must have the shape \(37,\) .* \(36,\)",
+    ),
+    "function of another shape": (
+        lambda: fc.linear_cross_entropy(LAYER, X, lambda classes: jnp.ones(len(classes))),
+        ValueError,
+        r"linear_cross_entropy: labels\(classes\) for 37 .* shape \(3, 5, 37\) .* shape \(37,\)",
+    ),
+    "function of integers": (
+        lambda: fc.linear_cross_entropy(LAYER, X, lambda classes: classes),
+        TypeError,
+        r"linear_cross_entropy: labels\(classes\) must return probabilities, .* int32",
+    ),
+    "function of no array": (
+        lambda: fc.linear_cross_entropy(LAYER, X, labels=lambda classes: None),
+        TypeError,
+        r"linear_cross_entropy: labels\(classes\) must return probabilities, .* NoneType",
     ),
     "key": (
         lambda: fc.linear_sample(jnp.ones(3), LAYER, X),

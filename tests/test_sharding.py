@@ -342,10 +342,13 @@ def check_other_functions_of_heads():
 
     @jax.jit
     def run(params, teacher, x, x_teacher, labels, soft, weights):
+        explicit = jax.sharding.get_abstract_mesh().explicit_axes
+
         def loss(params, teacher, x, soft, weights):
+            given = soft if explicit else lambda classes: soft[..., classes]
             found = [
                 *fc.linear_log_prob(params, x, labels, temperature=0.7, chunk_size=10),
-                fc.linear_cross_entropy(params, x, soft, class_weights=weights, chunk_size=10),
+                fc.linear_cross_entropy(params, x, given, class_weights=weights, chunk_size=10),
                 fc.linear_cross_entropy(
                     params, x, labels, class_weights=weights, label_smoothing=0.1, reduction="mean"
                 ),
@@ -367,7 +370,13 @@ def check_other_functions_of_heads():
     specs = column, column, batch, batch, P("data", None), P("data", None, "model"), P("model")
     for mesh in meshes((4, 2)):
         with jax.set_mesh(mesh):
-            assert_close(run(*fc.shard(arrays, mesh, specs)), expected)
+            args = fc.shard(arrays, mesh, specs)
+            assert_close(run(*args), expected)
+            if mesh.explicit_axes:
+                with pytest.raises(
+                    ValueError, match="linear_cross_entropy: labels must be an array"
+                ):
+                    fc.linear_cross_entropy(args[0], args[2], lambda classes: classes)
 
 
 def check_two_layers_cost_one_all_reduce():

@@ -20,13 +20,14 @@ def check_batch(name: str, value: Any, x: Array, axis: Any, batch: tuple[int, ..
         )
 
 
-def check_labels(labels: Array, x: Array, axis: Any, batch: tuple[int, ...]) -> Array:
+def check_labels(labels: Any, x: Array, axis: Any, batch: tuple[int, ...]) -> Array:
     """The numbers of classes, at least as int32; raises unless they are `(*batch)`."""
     check_array("labels", labels)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise BadType(f"labels must be integers, got {describe(labels)}")
     check_batch("labels", labels, x, axis, batch)
-    return labels.astype(jnp.promote_types(labels.dtype, jnp.int32))
+    numbers: Array = labels.astype(jnp.promote_types(labels.dtype, jnp.int32))
+    return numbers
 
 
 def check_temperature(temperature: Any, batch: tuple[int, ...]) -> Float[Array, "*batch"]:

@@ -13,8 +13,8 @@ from jaxtyping import Array, PyTree
 Carry = TypeVar("Carry")
 Start = int | Array
 
-# Numbers of logits: 4 MB in float32 stay in a processor's caches, 16 MB keep an accelerator busy.
-_SMALL, _LARGE = 2**20, 2**22
+# Numbers of logits: 4 MB in float32 stay in a processor's caches, 64 MB keep an accelerator busy.
+_SMALL, _LARGE = 2**20, 2**24
 
 
 class Chunks(NamedTuple):
@@ -45,15 +45,17 @@ def choose_grid(
     chunk_size: int | None,
     devices: int,
     at_least: int,
+    all_rows: bool,
 ) -> Grid:
     """Chooses the sizes that are not given; a chunk has `at_least` so many classes.
 
     The logits of a chunk are no larger than the input, or `_SMALL`, and never than `_LARGE`, and
-    its columns of the weight no larger than `_SMALL`, or square.
+    its columns of the weight no larger than `_SMALL`, or square. With `all_rows`, something is
+    computed for all rows and a chunk of classes, whatever `row_chunk_size` is.
     """
     # Devices may share the rows.
     share = -(-rows // devices) if isinstance(rows, int) else 0  # symbolic in an export
-    at_a_time = share if row_chunk_size is None else min(share, row_chunk_size)
+    at_a_time = share if row_chunk_size is None or all_rows else min(share, row_chunk_size)
     if chunk_size is None:
         chunk_size = max(1, inputs, _SMALL // max(1, inputs, at_a_time))
         if row_chunk_size is None and chunk_size * share > _LARGE:
@@ -64,6 +66,14 @@ def choose_grid(
         most = max(1, _LARGE // max(1, min(chunk_size, classes)))
         row_chunk_size = _without_rest(rows, most * devices) if share > most else None
     return Grid(_cut(rows, row_chunk_size, devices), _cut(classes, chunk_size, devices))
+
+
+def chunk_lengths(chunks: Chunks) -> tuple[Any, ...]:
+    """The numbers of places that a chunk may have."""
+    if chunks.size is None:
+        return (chunks.total,)
+    rest = chunks.total // chunks.blocks % chunks.size
+    return tuple(chunks.blocks * size for size in (chunks.size, rest) if size)
 
 
 def _without_rest(total: int, size: int) -> int:
@@ -87,25 +97,25 @@ def walk(
     step: Callable[[PyTree, Carry], Carry],
     grid: Grid,
     operands: PyTree,
-    names: PyTree,
+    names: Callable[[PyTree], PyTree],
     carry: Carry,
     *,
     of_columns: Callable[[PyTree, Array], PyTree],
 ) -> Carry:
     """Calls `step(operands, carry)` with some rows and classes of both, until all had their turn.
 
-    `names` has a string for every array of `operands` with the names of its axes; those called
-    `"row"` and `"out"` are cut. The arrays of `carry` begin with the rows. All rows
-    meet a chunk of classes before the next; `of_columns(operands, places)` makes of it what `step`
-    gets. Derivatives compute every step again, so that memory holds the operands of one.
+    `names(operands)` has a string for every array with the names of its axes; those called `"row"`
+    and `"out"` are cut. The arrays of `carry` begin with the rows. All rows meet a chunk of classes
+    before the next; `of_columns(operands, places)` makes of it what `step` gets rows of.
+    Derivatives compute every step again, so that memory holds the operands of one.
     """
 
     def with_columns(start: Start, size: int | None, carry: Carry) -> Carry:
-        columns = _take(operands, names, "out", grid.classes, start, size)
+        columns = _take(operands, names(operands), "out", grid.classes, start, size)
         columns = of_columns(columns, _places(grid.classes, start, size))
 
         def with_rows(start: Start, size: int | None, carry: Carry) -> Carry:
-            part = _take(columns, names, "row", grid.rows, start, size)
+            part = _take(columns, names(columns), "row", grid.rows, start, size)
             if size is None:
                 return step(part, carry)
             kept: Carry = jax.tree.map(partial(_slice, grid.rows, start, size, 0), carry)

@@ -5,7 +5,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Integer, Num
 
-from fclayers._util.checks import check_array, describe
+from fclayers._util.checks import describe, is_array
 from fclayers._util.errors import BadValue
 from fclayers._util.jit import jit
 from fclayers.heads.checks import (
@@ -15,6 +15,7 @@ from fclayers.heads.checks import (
     check_reduction,
     reduce_losses,
 )
+from fclayers.heads.label_functions import LabelFunction
 from fclayers.heads.measure import Options, Rows, check_head, measure
 from fclayers.heads.statistics import (
     DOT_WITH_LABELS,
@@ -38,11 +39,12 @@ from fclayers.linear import LinearParams
     "reduction",
     "dtype",
     "precision",
+    function_or_array="labels",
 )
 def linear_cross_entropy(
     params: LinearParams,
     x: Num[Array, "*batch_and_in"],
-    labels: Integer[Array, "*batch"] | Float[Array, "*batch classes"],
+    labels: Integer[Array, "*batch"] | Float[Array, "*batch classes"] | LabelFunction,
     *,
     axis: int | tuple[int, ...] = -1,
     chunk_size: int | None = None,
@@ -66,13 +68,17 @@ def linear_cross_entropy(
         params: The layer, with one output axis: the classes. `WeightNorm` and `BlockDiagonal`
             weights are materialized; the logits are not.
         x: Input.
-        labels: The classes, from 0, or the probabilities of all classes. A label out of range gives
-            NaN, and NaN gradients, unless `where` ignores it.
+        labels: The classes, from 0; the probabilities of all classes; or a function
+            `labels(classes)` of an integer array `(chunk,)` of classes that returns their
+            probabilities `(*batch, chunk)`, so that these are never whole. It may close over traced
+            arrays, and derivatives with respect to these are exact; every call with a function
+            compiles again, unless it is inside `jit`. A label out of range gives NaN, and NaN
+            gradients, unless `where` ignores it.
         axis: As in `apply_linear`.
         chunk_size: Number of classes whose logits are in memory at a time. Default: from the
-            shapes, so that a chunk takes no more memory than `x`, or 4 MB, and at most 16 MB.
+            shapes, so that a chunk takes no more memory than `x`, or 4 MB, and at most 64 MB.
         row_chunk_size: Number of positions whose logits are in memory at a time. Default: from the
-            shapes, all unless a chunk would take more than 16 MB.
+            shapes, all unless a chunk would take more than 64 MB.
         label_smoothing: Share of the labels' probability, in [0, 1], that is spread evenly over all
             classes, as in PyTorch.
         z_loss: Factor of the squared log-sum-exp, which is added to keep the logits from drifting.
@@ -92,9 +98,11 @@ def linear_cross_entropy(
         precision in float32.
 
     Raises:
-        TypeError: `params` is not a `LinearParams`, or the labels are neither integers nor floats.
+        TypeError: `params` is not a `LinearParams`, or the labels are neither integers nor floats,
+            nor a function that returns floats.
         ValueError: `params` has several output axes, `labels`, `where` or `class_weights` does not
-            have the right shape, or an argument is out of range.
+            have the right shape, an argument is out of range, or `labels` is a function on a mesh
+            with explicit axes.
 
     Example:
         >>> import jax
@@ -111,10 +119,12 @@ def linear_cross_entropy(
     """
     options = Options(axis, chunk_size, row_chunk_size, dtype, precision, softcap)
     params, classes, batch, _ = check_head(params, x, options)
-    check_array("labels", labels)
-    soft = jnp.issubdtype(labels.dtype, jnp.floating) and labels.shape == (*batch, classes)
-    if not soft:
-        labels = check_labels(labels, x, axis, batch)
+    soft = callable(labels) or (
+        is_array(labels)
+        and jnp.issubdtype(labels.dtype, jnp.floating)
+        and labels.shape == (*batch, classes)
+    )
+    numbers = None if soft else check_labels(labels, x, axis, batch)
     check_batch("where", where, x, axis, batch)
     if class_weights is not None and jnp.shape(class_weights) != (classes,):
         raise BadValue(
@@ -138,7 +148,7 @@ def linear_cross_entropy(
         options,
         (params,),
         (x,),
-        rows=Rows(counts=counts, labels=None if soft else labels),
+        rows=Rows(counts=counts, labels=numbers),
         class_weights=class_weights,
         probabilities=labels if soft else None,
     )
@@ -153,8 +163,8 @@ def linear_cross_entropy(
     if z_loss:
         losses += z_loss * log_sum**2
     known = log_sum > -jnp.inf
-    if not soft:
-        known &= (labels >= 0) & (labels < classes)
+    if numbers is not None:
+        known &= (numbers >= 0) & (numbers < classes)
     if counts is not None:
         known |= ~counts
     losses *= jnp.where(known, 1, jnp.nan).astype(losses.dtype)

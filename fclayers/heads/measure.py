@@ -12,8 +12,9 @@ from jaxtyping import Array, PyTree
 from fclayers._util.checks import check_count
 from fclayers._util.dtypes import accumulation_dtype
 from fclayers._util.errors import BadValue
-from fclayers._util.meshes import auto_devices
-from fclayers.heads.chunks import choose_grid
+from fclayers._util.meshes import auto_devices, mesh_of
+from fclayers.heads.chunks import choose_grid, chunk_lengths
+from fclayers.heads.label_functions import LabelFunction, Traced, trace_labels
 from fclayers.heads.passes import Features, Head, Operands, Settings, run_pass
 from fclayers.heads.shards import Inputs, per_shard
 from fclayers.heads.statistics import Statistic
@@ -80,15 +81,20 @@ def measure(
     *,
     rows: Rows,
     class_weights: Array | None = None,
-    probabilities: Array | None = None,
+    probabilities: Array | LabelFunction | None = None,
     key: Array | None = None,
     at_least: int = 1,
 ) -> PyTree:
     """The statistic of the logits of layers that `check_head` returned, arrays `(*batch, ...)`.
 
-    `class_weights` is `(classes,)`, `probabilities` `(*batch, classes)` instead of labels; with a
-    `key`, every row gets its own, by its number. A chunk has `at_least` so many classes.
+    `class_weights` is `(classes,)`, `probabilities` `(*batch, classes)` instead of labels, or a
+    function that gives them; with a `key`, every row gets its own, by its number. A chunk has
+    `at_least` so many classes.
     """
+    soft = probabilities is not None
+    label_function = probabilities if callable(probabilities) else None
+    if label_function is not None:
+        probabilities = None
 
     def of_shard(shard: Any, arguments: Inputs) -> PyTree:
         layers, inputs, rows, class_weights, probabilities, key = arguments
@@ -100,16 +106,6 @@ def measure(
         if probabilities is not None:
             probabilities = probabilities.reshape(prod(batch), classes)
         keys = None if key is None else jax.vmap(jax.random.fold_in, (None, 0))(key, flat.numbers)
-        operands = Operands(
-            heads,
-            features,
-            jnp.asarray(shard * classes, jnp.int32),
-            flat.temperature,
-            flat.labels if probabilities is None else probabilities,
-            class_weights,
-            keys,
-            flat.log_sums,
-        )
         devices = auto_devices(arguments)
         grid = choose_grid(
             prod(batch),
@@ -119,8 +115,24 @@ def measure(
             chunk_size=options.chunk_size,
             devices=devices,
             at_least=at_least,
+            all_rows=label_function is not None,
         )
-        settings = Settings(grid, devices == 1, options.softcap, dtypes, options.precision)
+        labels = flat.labels if probabilities is None else probabilities
+        traced: tuple[Traced, ...] = ()
+        if label_function is not None:
+            traced, labels = trace_labels(label_function, chunk_lengths(grid.classes), batch)
+        operands = Operands(
+            heads,
+            features,
+            jnp.asarray(shard * classes, jnp.int32),
+            flat.temperature,
+            flat.counts if soft else None,
+            labels,
+            class_weights,
+            keys,
+            flat.log_sums,
+        )
+        settings = Settings(grid, devices == 1, options.softcap, dtypes, options.precision, traced)
         found = run_pass(statistic, settings, operands)
         return jax.tree.map(lambda a: a.reshape(*batch, *a.shape[1:]), found)
 
@@ -135,4 +147,6 @@ def measure(
         return Head(weights, bias), tuple(f.astype(wide) for f in features), dtype
 
     arguments = Inputs(layers, inputs, rows, class_weights, probabilities, key)
+    if label_function is not None and mesh_of(arguments) is not None:
+        raise BadValue("labels must be an array on a mesh with explicit axes, got a function")
     return per_shard(of_shard, statistic.merge, options.axis, arguments)

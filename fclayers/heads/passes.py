@@ -18,6 +18,7 @@ from jaxtyping import Array, PyTree
 
 from fclayers._util.dtypes import accumulation_dtype
 from fclayers.heads.chunks import Grid, walk
+from fclayers.heads.label_functions import Traced, call_labels
 from fclayers.heads.statistics import Statistic, Tile
 from fclayers.kernels.product import matrix_product
 from fclayers.weights.form import Weight, axes, dense, multiply
@@ -40,13 +41,15 @@ class Operands(NamedTuple):
         features: For every head the features that its weights multiply, each `(rows, n)`.
         classes: The number of the first class; of a tile, those of all, `(classes,)`.
         temperature: What the logits are divided by, `(rows,)`.
-        labels: As in `Tile`, and so are the others.
+        counts: Which rows have labels that count, `(rows,)`, if these are probabilities.
+        labels: As in `Tile`, and so are the others; or what the functions of `Settings` close over.
     """
 
     heads: tuple[Head, ...]
     features: tuple[Features, ...]
     classes: Any
     temperature: Any = None
+    counts: Any = None
     labels: Any = None
     class_weights: Any = None
     keys: Any = None
@@ -54,13 +57,14 @@ class Operands(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """Static configuration: `dtypes` are those in which the heads multiply."""
+    """Static configuration: `dtypes` are those in which the heads multiply, `labels` functions."""
 
     grid: Grid
     on_one_device: bool
     softcap: float | None
     dtypes: tuple[DTypeLike, ...]
     precision: lax.PrecisionLike
+    labels: tuple[Traced, ...] = ()
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -110,15 +114,19 @@ def _run_pass_jvp(
 
 
 def _walk(step: Any, settings: Settings, operands: Operands, value: PyTree, carry: Any) -> Any:
-    names = _names(operands), jax.tree.map(lambda _: "row", value)
+    def names(part: tuple[Operands, PyTree]) -> tuple[Operands, PyTree]:
+        return _names(part[0]), jax.tree.map(lambda _: "row", part[1])
 
     def of_columns(part: tuple[Operands, PyTree], places: Array) -> tuple[Operands, PyTree]:
+        classes, labels = part[0].classes + places, part[0].labels
+        if settings.labels:
+            labels = call_labels(settings.labels, labels, classes)
         # Cotangents of weights are sums over rows, which half precision would round.
         heads = tuple(
             jax.tree.map(lambda a, d=d: a.astype(_wide(d)) if _is_inexact(a) else a, head)
             for head, d in zip(part[0].heads, settings.dtypes, strict=True)
         )
-        return part[0]._replace(heads=heads, classes=part[0].classes + places), part[1]
+        return part[0]._replace(heads=heads, classes=classes, labels=labels), part[1]
 
     return walk(step, settings.grid, (operands, value), names, carry, of_columns=of_columns)
 
@@ -136,12 +144,19 @@ def _names(operands: Operands) -> Operands:
         jax.tree.map(lambda _: "row in", operands.features),
         classes="",
         temperature="row",
-        labels="row" if operands.labels is None or operands.labels.ndim == 1 else "row out",
+        counts="row",
+        labels=_names_of_labels(operands.labels),
         class_weights="out",
         keys="row",
         log_sums=jax.tree.map(lambda _: "row", operands.log_sums),
     )
     return Operands(*(None if a is None else n for a, n in zip(operands, names, strict=True)))  # type: ignore[arg-type]
+
+
+def _names_of_labels(labels: Any) -> Any:
+    if isinstance(labels, tuple):
+        return jax.tree.map(lambda _: "", labels)
+    return "row" if labels is None or labels.ndim == 1 else "row out"
 
 
 def _tile(settings: Settings, operands: Operands) -> Tile:
@@ -153,7 +168,10 @@ def _tile(settings: Settings, operands: Operands) -> Tile:
     if operands.temperature is not None:
         inverse = (1 / operands.temperature)[:, None]
         logits = tuple(z * inverse.astype(z.dtype) for z in logits)
-    return Tile(logits, operands.classes, settings.on_one_device, *operands[4:])
+    if operands.counts is not None:
+        labels = jnp.where(operands.counts[:, None], operands.labels, 0)
+        operands = operands._replace(labels=labels)
+    return Tile(logits, operands.classes, settings.on_one_device, *operands[5:])
 
 
 def _logits(
