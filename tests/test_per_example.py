@@ -173,6 +173,30 @@ def test_large_parameters_fall_back_alone(monkeypatch):
     assert "fallback" in repr(report)
 
 
+def test_convolutions_in_chunks(monkeypatch):
+    """Of two examples, with a rest, on CPUs; their norms are differentiated as well."""
+    kernel = jax.random.normal(jax.random.key(0), (2, 2, 1, 2), jnp.float64)
+    batch = jax.random.normal(jax.random.key(1), (5, 6, 6, 1), jnp.float64)
+    monkeypatch.setattr(chunks, "CACHED_BYTES", 2 * 8 * (8 + 25 * (4 + 2)))
+
+    def fun(kernel, x):
+        y = lax.conv(jnp.moveaxis(x, -1, 0)[None], kernel.T, (1, 1), "VALID")
+        return jnp.sin(y).sum((0, 2, 3))
+
+    check(fun, kernel, batch, batch[:2])
+
+    def ours(kernel):
+        return fc.per_example_norms(lambda p, x: fun(p, x).sum())(kernel, batch).sum()
+
+    def formed(kernel):
+        gradients = jax.vmap(jax.grad(lambda p, x: fun(p, x).sum()), (None, 0))(kernel, batch)
+        return jax.vmap(optax.tree.norm)(gradients).sum()
+
+    found, expected = jax.jit(lambda p: (jax.grad(ours)(p), jax.grad(formed)(p)))(kernel)
+    np.testing.assert_allclose(found, expected, rtol=1e-10)
+    assert "scan" in str(jax.make_jaxpr(ours)(kernel))
+
+
 @pytest.mark.slow
 def test_long_sequences_in_chunks(monkeypatch):
     """Everything example by example, or a few at a time, with a rest."""
