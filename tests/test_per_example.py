@@ -18,7 +18,7 @@ from per_example_networks import draw_network
 import fclayers as fc
 from fclayers.per_example import chunks
 
-NUM_NETWORKS = int(os.environ.get("PER_EXAMPLE_NETWORKS", "2"))
+NUM_NETWORKS = int(os.environ.get("PER_EXAMPLE_NETWORKS", "1"))
 CHUNK = 10
 
 
