@@ -18,7 +18,7 @@ from per_example_networks import draw_network
 import fclayers as fc
 from fclayers.per_example import chunks
 
-NUM_NETWORKS = int(os.environ.get("PER_EXAMPLE_NETWORKS", "2"))
+NUM_NETWORKS = int(os.environ.get("PER_EXAMPLE_NETWORKS", "1"))
 CHUNK = 10
 
 
@@ -33,19 +33,19 @@ def is_inexact(leaf):
 
 
 def flat_jacobians(fun, params, batch):
-    """`(N, *out, parameters)`, and the parts for every leaf."""
+    """Results `(N, *out)`, Jacobians `(N, *out, parameters)`, and the parts for every leaf."""
     leaves, structure = jax.tree.flatten(params)
     trained = [leaf for leaf in leaves if is_inexact(leaf)]
 
     def run(trained, example):
         rest = iter(trained)
         merged = [next(rest) if is_inexact(leaf) else leaf for leaf in leaves]
-        return fun(jax.tree.unflatten(structure, merged), example)
+        out = fun(jax.tree.unflatten(structure, merged), example)
+        return out, out
 
-    out = jax.vmap(run, (None, 0))(trained, batch).shape
-    found = jax.jit(jax.vmap(jax.jacrev(run), (None, 0)))(trained, batch)
-    parts = [np.asarray(part).reshape(*out, -1) for part in found]
-    return np.concatenate(parts, -1), parts
+    found, outs = jax.jit(jax.vmap(jax.jacrev(run, has_aux=True), (None, 0)))(trained, batch)
+    parts = [np.asarray(part).reshape(*outs.shape, -1) for part in found]
+    return np.asarray(outs), np.concatenate(parts, -1), parts
 
 
 def close(actual, expected):
@@ -53,38 +53,42 @@ def close(actual, expected):
     np.testing.assert_allclose(np.asarray(actual) / scale, expected / scale, rtol=0, atol=1e-12)
 
 
-def check(fun, params, batch, other=None):
+def check(fun, params, batch, other):
     """Everything about a function that returns a vector, for the sum of its squares as a loss."""
-    other = batch if other is None else other
 
     def loss(params, example):
         return (fun(params, example) ** 2).sum()
 
-    gradients, parts = flat_jacobians(loss, params, batch)
-    norms = np.linalg.norm(gradients, axis=-1)
-    close(jax.jit(fc.per_example_norms(loss))(params, batch), norms)
-    each = jax.jit(fc.per_example_norms(loss, per_leaf=True))(params, batch)
-    assert jax.tree.structure(each) == jax.tree.structure(params)
-    found = iter(parts)
-    for leaf, norm in zip(jax.tree.leaves(params), jax.tree.leaves(each), strict=True):
-        want = np.linalg.norm(next(found), axis=-1) if is_inexact(leaf) else 0 * norms
-        close(norm, want)
-
+    both = jax.tree.map(lambda *parts: jnp.concatenate(parts), batch, other)
+    outs, jacobians, parts = flat_jacobians(fun, params, both)
+    count = len(jax.tree.leaves(batch)[0])
+    gradients = 2 * np.einsum("no,nop->np", outs, jacobians)
+    parts = [2 * np.einsum("no,nop->np", outs[:count], part[:count]) for part in parts]
+    norms = np.linalg.norm(gradients[:count], axis=-1)
     limit = float(np.median(norms)) + 1e-3
-    losses, clipped = jax.jit(fc.clipped_grad(loss, limit))(params, batch)
-    close(losses, jax.vmap(partial(loss, params))(batch))
-    weights, found = 1 / np.maximum(norms / limit, 1), iter(parts)
-    assert jax.tree.structure(clipped) == jax.tree.structure(params)
-    for leaf, total in zip(jax.tree.leaves(params), jax.tree.leaves(clipped), strict=True):
-        assert (total.shape, total.dtype) == (leaf.shape, leaf.dtype)
-        want = weights @ next(found) if is_inexact(leaf) else np.zeros(leaf.size)
-        close(total.reshape(-1), want)
 
-    others, _ = flat_jacobians(loss, params, other)
-    close(jax.jit(fc.gradient_gram(loss))(params, batch, other), gradients @ others.T)
-    ours, theirs = (flat_jacobians(fun, params, b)[0] for b in (batch, other))
-    kernel = jax.jit(fc.empirical_ntk(fun))(params, batch, other)
-    close(kernel, np.einsum("nop,mqp->nmoq", ours, theirs))
+    @jax.jit
+    def ours(params, batch, other, limit):
+        return (
+            fc.per_example_norms(loss)(params, batch),
+            fc.per_example_norms(loss, per_leaf=True)(params, batch),
+            fc.clipped_grad(loss, limit)(params, batch),
+            fc.gradient_gram(loss)(params, batch, other),
+            fc.empirical_ntk(fun)(params, batch, other),
+        )
+
+    found, each, (losses, clipped), gram, kernel = ours(params, batch, other, limit)
+    close(found, norms)
+    close(losses, (outs[:count] ** 2).sum(-1))
+    close(gram, gradients[:count] @ gradients[count:].T)
+    close(kernel, np.einsum("nop,mqp->nmoq", jacobians[:count], jacobians[count:]))
+    assert jax.tree.structure(each) == jax.tree.structure(clipped) == jax.tree.structure(params)
+    weights, rest = 1 / np.maximum(norms / limit, 1), iter(parts)
+    for leaf, norm, total in zip(*map(jax.tree.leaves, (params, each, clipped)), strict=True):
+        part = next(rest) if is_inexact(leaf) else np.zeros((count, leaf.size))
+        close(norm, np.linalg.norm(part, axis=-1))
+        assert (total.shape, total.dtype) == (leaf.shape, leaf.dtype)
+        close(total.reshape(-1), weights @ part)
 
 
 @pytest.mark.parametrize("first", range(0, NUM_NETWORKS, CHUNK))
@@ -118,9 +122,12 @@ def layer_and_batch(count=6, *, seed=0):
 def test_every_weight(name):
     layer = FORMS[name](fc.init_linear(jax.random.key(0), 6, 4, dtype=jnp.float64))
     x = jax.random.normal(jax.random.key(1), (3, 2, 6), jnp.float64)
-    parts = flat_jacobians(lambda p, x: jnp.sin(fc.apply_linear(p, x)).sum(), layer, x)[0]
-    norms = fc.per_example_norms(lambda p, x: jnp.sin(fc.apply_linear(p, x)).sum())(layer, x)
-    close(norms, np.linalg.norm(parts, axis=-1))
+
+    def loss(layer, x):
+        return jnp.sin(fc.apply_linear(layer, x)).sum()
+
+    _, gradients, _ = flat_jacobians(loss, layer, x)
+    close(jax.jit(fc.per_example_norms(loss))(layer, x), np.linalg.norm(gradients, axis=-1))
 
 
 def test_head_without_logits():
@@ -135,14 +142,13 @@ def test_head_without_logits():
         logits = fc.apply_linear(head, x)
         return jax.nn.logsumexp(logits) - logits[label]
 
+    @partial(jax.jit, static_argnums=0)
+    def both(loss, head, batch):
+        return fc.per_example_norms(loss)(head, batch), fc.clipped_grad(loss, 1.0)(head, batch)
+
     batch = x, jnp.arange(5) * 10
-    norms = fc.per_example_norms(plain)(head, batch)
-    np.testing.assert_allclose(fc.per_example_norms(loss)(head, batch), norms, rtol=1e-12)
     chex.assert_trees_all_close(
-        fc.clipped_grad(loss, 1.0)(head, batch),
-        fc.clipped_grad(plain, 1.0)(head, batch),
-        rtol=1e-10,
-        atol=1e-12,
+        both(loss, head, batch), both(plain, head, batch), rtol=1e-10, atol=1e-12
     )
 
 
@@ -167,6 +173,30 @@ def test_large_parameters_fall_back_alone(monkeypatch):
     assert "fallback" in repr(report)
 
 
+def test_convolutions_in_chunks(monkeypatch):
+    """Of two examples, with a rest, on CPUs; their norms are differentiated as well."""
+    kernel = jax.random.normal(jax.random.key(0), (2, 2, 1, 2), jnp.float64)
+    batch = jax.random.normal(jax.random.key(1), (5, 6, 6, 1), jnp.float64)
+    monkeypatch.setattr(chunks, "CACHED_BYTES", 2 * 8 * (8 + 25 * (4 + 2)))
+
+    def fun(kernel, x):
+        y = lax.conv(jnp.moveaxis(x, -1, 0)[None], kernel.T, (1, 1), "VALID")
+        return jnp.sin(y).sum((0, 2, 3))
+
+    check(fun, kernel, batch, batch[:2])
+
+    def ours(kernel):
+        return fc.per_example_norms(lambda p, x: fun(p, x).sum())(kernel, batch).sum()
+
+    def formed(kernel):
+        gradients = jax.vmap(jax.grad(lambda p, x: fun(p, x).sum()), (None, 0))(kernel, batch)
+        return jax.vmap(optax.tree.norm)(gradients).sum()
+
+    found, expected = jax.jit(lambda p: (jax.grad(ours)(p), jax.grad(formed)(p)))(kernel)
+    np.testing.assert_allclose(found, expected, rtol=1e-10)
+    assert "scan" in str(jax.make_jaxpr(ours)(kernel))
+
+
 @pytest.mark.slow
 def test_long_sequences_in_chunks(monkeypatch):
     """Everything example by example, or a few at a time, with a rest."""
@@ -175,16 +205,20 @@ def test_long_sequences_in_chunks(monkeypatch):
         network = draw_network(3)
         check(network.fun, network.params, network.batch, network.other)
         layer, batch = layer_and_batch(7)
-        check(lambda p, e: fc.apply_linear(p, e[0]) - e[1], layer, batch)
+        check(lambda p, e: fc.apply_linear(p, e[0]) - e[1], layer, batch, batch)
 
 
 def test_clipped_sums_are_those_of_optax():
     layer, batch = layer_and_batch()
-    gradients = jax.vmap(jax.grad(squares), (None, 0))(layer, batch)
-    private = optax.contrib.differentially_private_aggregate(1.0, 0.0, key=0)
-    expected, _ = private.update(gradients, private.init(layer))
-    _, clipped = fc.clipped_grad(squares, 1.0, reduction="mean")(layer, batch)
-    chex.assert_trees_all_close(clipped, expected, rtol=1e-12)
+
+    @jax.jit
+    def expected(layer, batch):
+        gradients = jax.vmap(jax.grad(squares), (None, 0))(layer, batch)
+        private = optax.contrib.differentially_private_aggregate(1.0, 0.0, key=0)
+        return private.update(gradients, private.init(layer))[0]
+
+    _, clipped = jax.jit(fc.clipped_grad(squares, 1.0, reduction="mean"))(layer, batch)
+    chex.assert_trees_all_close(clipped, expected(layer, batch), rtol=1e-12)
 
 
 def test_no_limit_gives_the_gradient():
@@ -197,43 +231,50 @@ def test_no_limit_gives_the_gradient():
 def test_noise_has_the_deviation_that_was_asked_for():
     layer = fc.init_linear(jax.random.key(0), 300, 200, dtype=jnp.float64)
     batch = jnp.ones((2, 300)), jnp.ones((2, 200))
-    for reduction, count in (("sum", 1), ("mean", 2)):
-        clipped = partial(fc.clipped_grad, squares, 2.0, reduction=reduction)
-        noisy = jax.jit(lambda key: clipped(noise_multiplier=1.5, key=key)(layer, batch))  # noqa: B023
-        _, without = clipped()(layer, batch)
-        _, one = noisy(jax.random.key(1))
-        _, other = noisy(jax.random.key(2))
-        noise = one.weight - without.weight
-        np.testing.assert_allclose(noise.std(), 3.0 / count, rtol=0.02)
-        np.testing.assert_allclose(noise.mean(), 0, atol=0.1)
-        assert not np.allclose(one.weight, other.weight)
-        assert not np.allclose(one.bias - without.bias, one.weight[0] - without.weight[0])
+
+    @jax.jit
+    def noises(key):
+        """Of the sum and of the mean."""
+        found = []
+        for reduction in ("sum", "mean"):
+            clipped = partial(fc.clipped_grad, squares, 2.0, reduction=reduction)
+            _, noisy = clipped(noise_multiplier=1.5, key=key)(layer, batch)
+            _, without = clipped()(layer, batch)
+            found.append(jax.tree.map(jnp.subtract, noisy, without))
+        return found
+
+    one, other = (jax.device_get(noises(jax.random.key(seed))) for seed in (1, 2))
+    for noise, another, deviation in zip(one, other, (3.0, 1.5), strict=True):
+        np.testing.assert_allclose(noise.weight.std(), deviation, rtol=0.02)
+        np.testing.assert_allclose(noise.weight.mean(), 0, atol=0.1)
+        assert not np.allclose(noise.weight, another.weight)
+        assert not np.allclose(noise.bias, noise.weight[0])
 
 
 def test_norms_are_differentiable():
     layer, batch = layer_and_batch()
-    found = jax.grad(lambda p: fc.per_example_norms(squares)(p, batch).sum())(layer)
+
+    def ours(layer):
+        return fc.per_example_norms(squares)(layer, batch).sum()
 
     def by_hand(layer):
         gradients = jax.vmap(jax.grad(squares), (None, 0))(layer, batch)
         return sum(jnp.sqrt((w**2).sum() + (b**2).sum()) for w, b in zip(*gradients, strict=True))
 
-    chex.assert_trees_all_close(found, jax.grad(by_hand)(layer), rtol=1e-10)
+    found, expected = jax.jit(lambda p: (jax.grad(ours)(p), jax.grad(by_hand)(p)))(layer)
+    chex.assert_trees_all_close(found, expected, rtol=1e-10)
 
 
 def test_sums_accumulate_over_microbatches():
     layer, batch = layer_and_batch(6)
-    clipped = fc.clipped_grad(squares, 1.0)
+    clipped = jax.jit(fc.clipped_grad(squares, 1.0))
 
     def add(total, part):
         return jax.tree.map(jnp.add, total, clipped(layer, part)[1]), None
 
     parts = jax.tree.map(lambda a: a.reshape(3, 2, *a.shape[1:]), batch)
     total, _ = lax.scan(add, jax.tree.map(jnp.zeros_like, layer), parts)
-    for got, want in zip(
-        jax.tree.leaves(total), jax.tree.leaves(clipped(layer, batch)[1]), strict=True
-    ):
-        np.testing.assert_allclose(got, want, rtol=1e-12)
+    chex.assert_trees_all_close(total, clipped(layer, batch)[1], rtol=1e-12)
 
 
 def test_random_keys_are_examples():
@@ -244,9 +285,9 @@ def test_random_keys_are_examples():
         return squares(layer, (x * jax.random.bernoulli(key, 0.5, x.shape), y))
 
     keys = jax.random.split(jax.random.key(0), len(x))
-    gradients = jax.vmap(jax.grad(loss), (None, 0))(layer, (keys, x, y))
-    norms = fc.per_example_norms(loss)(layer, (keys, x, y))
-    np.testing.assert_allclose(norms, jax.vmap(optax.tree.norm)(gradients), rtol=1e-12)
+    _, gradients, _ = flat_jacobians(loss, layer, (keys, x, y))
+    norms = jax.jit(fc.per_example_norms(loss))(layer, (keys, x, y))
+    np.testing.assert_allclose(norms, np.linalg.norm(gradients, axis=-1), rtol=1e-12)
 
 
 def test_half_precision_keeps_its_dtype():
@@ -256,17 +297,18 @@ def test_half_precision_keeps_its_dtype():
     def loss(layer, example):
         return squares(layer, example).astype(jnp.float32)
 
-    losses, grads = fc.clipped_grad(loss, 1.0)(layer, batch)
+    losses, grads = jax.jit(fc.clipped_grad(loss, 1.0))(layer, batch)
     assert losses.dtype == jnp.float32
     assert {leaf.dtype for leaf in grads} == {jnp.dtype(jnp.bfloat16)}
     wide = jax.tree.map(lambda a: a.astype(jnp.float64), (layer, batch))
-    expected = fc.per_example_norms(squares)(*wide)
-    np.testing.assert_allclose(fc.per_example_norms(loss)(layer, batch), expected, rtol=0.03)
+    expected = jax.jit(fc.per_example_norms(squares))(*wide)
+    norms = jax.jit(fc.per_example_norms(loss))(layer, batch)
+    np.testing.assert_allclose(norms, expected, rtol=0.03)
 
 
 def test_kronecker_factors_of_one_example_are_its_gradient():
     layer, batch = layer_and_batch(1)
-    factors = fc.kronecker_factors(squares)(layer, batch)
+    factors = jax.jit(fc.kronecker_factors(squares))(layer, batch)
     gradient = jax.grad(squares)(layer, jax.tree.map(lambda a: a[0], batch)).weight.reshape(-1)
     np.testing.assert_allclose(
         np.kron(*factors.weight), np.outer(gradient, gradient), rtol=1e-10, atol=1e-12
@@ -291,10 +333,14 @@ def test_kronecker_factors_of_layers_positions_and_groups():
         return (x**2).sum()
 
     taps = jnp.zeros((2, 4, 3))
-    gradients, inputs = jax.vmap(
-        lambda x: jax.grad(lambda t: inputs_and_loss(stack, x, t), has_aux=True)(taps)
-    )(x)
-    factors = fc.kronecker_factors(loss)(stack, x)
+
+    @jax.jit
+    @jax.vmap
+    def gradients_and_inputs(x):
+        return jax.grad(lambda taps: inputs_and_loss(stack, x, taps), has_aux=True)(taps)
+
+    gradients, inputs = gradients_and_inputs(x)
+    factors = jax.jit(fc.kronecker_factors(loss))(stack, x)
     np.testing.assert_allclose(
         factors.inputs, np.einsum("nlpi,nlpj->lij", inputs, inputs) / 5, rtol=1e-10
     )
@@ -307,7 +353,7 @@ def test_kronecker_factors_of_layers_positions_and_groups():
     def conv_loss(conv, x):
         return (fc.apply_conv(conv, x, groups=2) ** 2).sum()
 
-    found = fc.kronecker_factors(conv_loss)(conv, image).weight
+    found = jax.jit(fc.kronecker_factors(conv_loss))(conv, image).weight
     assert found.inputs.shape == (2, 18, 18)
     assert found.gradients.shape == (2, 3, 3)
 

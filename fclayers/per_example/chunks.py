@@ -10,21 +10,42 @@ from jaxtyping import PyTree
 
 # What is computed for some examples at a time takes about this much memory.
 CHUNK_BYTES = 2**24
+# Of products that are made and reduced at once: on CPUs, what stays in the caches.
+CACHED_BYTES = 2**21
 
 
-def chunk_of(count: int, bytes_per_example: float) -> int:
+def chunk_of(count: int, bytes_per_example: float, chunk_bytes: int | None = None) -> int:
     """How many examples are computed at a time."""
-    return int(min(count, max(1, CHUNK_BYTES // max(1, bytes_per_example))))
+    chunk_bytes = CHUNK_BYTES if chunk_bytes is None else chunk_bytes
+    return int(min(count, max(1, chunk_bytes // max(1, bytes_per_example))))
 
 
 def map_examples(
-    fun: Callable[[PyTree], Any], examples: PyTree, count: int, bytes_per_example: float
+    fun: Callable[[PyTree], Any],
+    examples: PyTree,
+    count: int,
+    bytes_per_example: float,
+    chunk_bytes: int | None = None,
 ) -> Any:
     """The results for all examples, stacked."""
-    chunk = chunk_of(count, bytes_per_example)
+    chunk = chunk_of(count, bytes_per_example, chunk_bytes)
     if chunk == count:
         return jax.vmap(fun)(examples)
     return lax.map(fun, examples, batch_size=chunk)
+
+
+def map_in_cache(
+    fun: Callable[[PyTree], Any], examples: PyTree, count: int, bytes_per_example: float
+) -> Any:
+    """The results for all examples, stacked; on CPUs, a chunk stays in the caches."""
+
+    def by(chunk_bytes: int) -> Callable[[PyTree], Any]:
+        return lambda examples: map_examples(fun, examples, count, bytes_per_example, chunk_bytes)
+
+    small, large = min(CACHED_BYTES, CHUNK_BYTES), CHUNK_BYTES
+    if chunk_of(count, bytes_per_example, small) == chunk_of(count, bytes_per_example, large):
+        return by(large)(examples)
+    return lax.platform_dependent(examples, cpu=by(small), default=by(large))
 
 
 def sum_chunks(

@@ -60,32 +60,25 @@ def group(program: Program, keep: Keep) -> list[Group]:
 
 
 def keep_none(sites: Sequence[Site]) -> bool:
-    """For inner products: chunks of both batches are formed, if at all."""
+    """For norms and inner products: what is formed is formed in chunks, from the factors."""
     return False
 
 
-def keep_for_norms(sites: Sequence[Site]) -> bool:
-    """Small kernels: XLA forms their gradients faster than patches are cut out."""
-    convolves = all(site.eqn.primitive.name == "conv_general_dilated" for site in sites)
-    return convolves and _is_small(sites)
-
-
 def keep_for_sums(sites: Sequence[Site]) -> bool:
-    """Gradients smaller than their factors as well: added up, they need no second product."""
-    pairs = elements = 0
+    """Gradients of products that are smaller than their factors, which need no second product.
+
+    None of convolutions: with a kernel for every example, XLA convolves slowly.
+    """
+    pairs = elements = numbers = 0
     for site in sites:
         s = sizes_of(site)
         pairs += s.blocks * s.positions**2 * (s.inputs + s.outputs)
         elements += s.blocks * s.inputs * s.outputs
-    dense = not any(site.rule.sparse for site in sites)
-    return keep_for_norms(sites) or (dense and _is_small(sites) and pairs > _READING * elements)
-
-
-def _is_small(sites: Sequence[Site]) -> bool:
-    """Whether a gradient takes at most twice as much memory as the factors that are there."""
-    sizes = [sizes_of(site) for site in sites]
-    elements = sizes[0].blocks * sizes[0].inputs * sizes[0].outputs
-    return elements <= 2 * sum(s.blocks * s.positions * (s.inputs + s.outputs) for s in sizes)
+        numbers += s.blocks * s.positions * (s.inputs + s.outputs)
+    has_dots = all(site.eqn.primitive.name == "dot_general" for site in sites)
+    one = sizes_of(sites[0])
+    is_small = one.blocks * one.inputs * one.outputs <= 2 * numbers
+    return has_dots and is_small and pairs > _READING * elements
 
 
 def _components(program: Program) -> list[list[int]]:

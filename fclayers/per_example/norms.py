@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from fclayers._util.errors import public
-from fclayers.per_example.chunks import map_examples
+from fclayers.per_example.chunks import map_examples, map_in_cache
 from fclayers.per_example.factors import Factors, factors_of, inner
 from fclayers.per_example.gradients import (
     Example,
@@ -20,7 +20,7 @@ from fclayers.per_example.gradients import (
 from fclayers.per_example.groups import (
     Group,
     forming_operations,
-    keep_for_norms,
+    keep_none,
     leaf_elements,
     pair_operations,
 )
@@ -75,7 +75,7 @@ def per_example_norms(
 
     def norms(params: PyTree, batch: PyTree) -> PyTree:
         problem, arrays = pose(loss, params, batch, scalar=True)
-        gradients = find_gradients(problem, arrays, keep_for_norms)
+        gradients = find_gradients(problem, arrays, keep_none)
         squares = squared_norms(gradients)
         if not per_leaf:
             return jnp.sqrt(total_of(gradients, squares))
@@ -93,11 +93,14 @@ def squared_norms(gradients: Gradients) -> dict[int, Array]:
     """The squares of the norms `(N,)` of all examples' gradients, by parameter."""
     found: dict[int, Array] = {}
     for group in gradients.groups:
+        examples, count = gradients.examples(group), gradients.size
         if is_by_factors(gradients.problem.program, group):
-            of_one, size = _by_factors(group), bytes_of_factors(gradients, group)
+            size = bytes_of_factors(gradients, group)
+            squares = map_examples(_by_factors(group), examples, count, size)
         else:
-            of_one, size = _formed(gradients, group), bytes_of_gradients(gradients, group)
-        squares = map_examples(of_one, gradients.examples(group), gradients.size, size)
+            size = bytes_of_gradients(gradients, group)
+            run = map_in_cache if group.sites else map_examples
+            squares = run(_formed(gradients, group), examples, count, size)
         found.update(zip(group.leaves, squares, strict=True))
     return found
 

@@ -17,7 +17,7 @@ from fclayers.per_example.groups import (
     Group,
     forming_operations,
     group,
-    keep_for_norms,
+    keep_none,
     leaf_elements,
     pair_operations,
 )
@@ -139,7 +139,7 @@ def explain_per_example(loss: Fun) -> Callable[[PyTree, PyTree], PerExampleRepor
         jax.eval_shape(run, params, batch)
         compiled = jax.jit(per_example_norms(loss)).lower(params, batch).compile()
         memory, (program,) = compiled.memory_analysis(), programs
-        count, groups = count_examples(batch), group(program, keep_for_norms)
+        count, groups = count_examples(batch), group(program, keep_none)
         paths = [path_name(path) for path, _ in jax.tree.leaves_with_path(params)]
         rows = tuple(_row(program, groups, i, path, count) for i, path in enumerate(paths))
         shapes = [a for a in program.shapes if jnp.issubdtype(a.dtype, jnp.inexact)]
