@@ -139,8 +139,8 @@ def apply_conv(
         groups: Number of groups, as in `init_conv`.
         dtype: As in `apply_linear`.
         precision: As in `apply_linear`. On CPUs, float32 at default precision may be computed with
-            fewer products (Winograd), with errors up to 2e-5 of the largest output; `"highest"` is
-            the direct convolution.
+            fewer products (Winograd), with errors of about 1e-5 of the largest output; `"highest"`
+            is the direct convolution.
 
     Returns:
         Array of shape `(*batch, *positions, out)` and the compute dtype.

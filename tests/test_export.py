@@ -112,6 +112,13 @@ NETWORKS = {
         (fc.init_conv(KEY, (3, 3), 1, 4), fc.init_mlp(KEY, [4 * 3 * 4, 8, 5])),
         jax.random.normal(KEY, (3, 16, 12)),
     ),
+    "convolutions with fewer products": (
+        lambda params, images: fc.apply_conv(
+            params, jax.vmap(partial(fc.apply_conv, params))(images)
+        ),
+        fc.init_conv(KEY, (3, 3), 32, 32),
+        jax.random.normal(KEY, (3, 28, 28, 32)),
+    ),
     "trees of several dtypes": (
         probabilities,
         MLP,

@@ -1,5 +1,6 @@
 """Formulations for CPUs against XLA's own."""
 
+import os
 from functools import partial
 from unittest import mock
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from jax import lax
 
 import fclayers as fc
 from fclayers.kernels import winograd
@@ -78,7 +80,8 @@ def check_fewer_products(case, tile):
         expected = _plain(jnp.asarray(x), jnp.asarray(weight), geometry, 1, None)
     small = CROSSOVERS._replace(large_patches=0, winograd_tile=tile)
     with mock.patch.object(winograd, "CROSSOVERS", small):
-        y = winograd.winograd_convolve(jnp.float32(x), jnp.float32(weight), geometry)
+        winograd_convolve = jax.jit(partial(winograd.winograd_convolve, geometry=geometry))
+        y = winograd_convolve(jnp.float32(x), jnp.float32(weight))
     assert y.dtype == jnp.float32
     assert y.shape == expected.shape
     np.testing.assert_allclose(y, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
@@ -103,7 +106,7 @@ def test_fewer_products(case, tile):
 
 @pytest.mark.slow
 @given(convolutions(strides=1, most=100), st.sampled_from([1, 2**18, 2**24]))
-@settings(max_examples=60)
+@settings(max_examples=int(os.environ.get("FEWER_PRODUCTS_EXAMPLES", "60")))
 def test_fewer_products_with_many_channels(case, tile):
     check_fewer_products(case, tile)
 
@@ -168,6 +171,57 @@ def test_derivatives_of_fewer_products(groups):
     ours, expected = (jax.jit(partial(derivatives, function))() for function in (convolve, _plain))
     for a, b in zip(*map(jax.tree.leaves, (ours, expected)), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * np.abs(b).max())
+
+
+TRANSFORMATIONS = {
+    "vmap over inputs": lambda f, xs, weights: jax.vmap(f, (0, None))(xs, weights[0]),
+    "vmap over kernels": lambda f, xs, weights: jax.vmap(f, (None, 0))(xs[0], weights),
+    "vmap over both": lambda f, xs, weights: jax.vmap(f)(xs, weights),
+    "map": lambda f, xs, weights: lax.map(lambda x: f(x, weights[0]), xs),
+    "scan": lambda f, xs, weights: lax.scan(lambda x, w: (f(x, w) / 16, None), xs[0], weights)[0],
+    "gradient of every example": lambda f, xs, weights: jax.vmap(
+        jax.grad(lambda weight, x: (f(x, weight) ** 2).mean()), (None, 0)
+    )(weights[0], xs),
+}
+
+
+@pytest.mark.parametrize("in_tiles", [False, True])
+@pytest.mark.parametrize("name", TRANSFORMATIONS)
+def test_fewer_products_in_transformations(name, in_tiles):
+    x, weight = map(jnp.float32, chosen_case())
+    xs, weights = jnp.stack([x, jnp.sin(x)]), jnp.stack([weight, jnp.cos(weight)])
+
+    def run(convolve):
+        f = partial(convolve, geometry=CHOSEN, groups=1, precision=None)
+        return jax.jit(partial(TRANSFORMATIONS[name], f))(xs, weights)
+
+    small = CROSSOVERS._replace(large_patches=0, winograd_tile=2**18)
+    with mock.patch.object(winograd, "CROSSOVERS", small if in_tiles else CROSSOVERS):
+        y = run(convolve)
+    expected = run(_plain)
+    assert not np.array_equal(y, expected)
+    np.testing.assert_allclose(y, expected, rtol=0, atol=4e-5 * np.abs(expected).max())
+
+
+def test_fewer_products_of_half_precision():
+    x, weight = (jnp.bfloat16(array) for array in chosen_case())
+    with jax.enable_x64(True):
+        expected = _plain(x.astype(jnp.float64), weight.astype(jnp.float64), CHOSEN, 1, None)
+    y = convolve(x, weight, CHOSEN, 1, None)
+    assert y.dtype == jnp.float32
+    np.testing.assert_allclose(y, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_no_examples(groups):
+    x, weight = map(jnp.float32, chosen_case(groups))
+
+    def loss(weight, x):
+        y = convolve(x, weight, CHOSEN, groups, None)
+        assert y.shape == (0, *x.shape[1:])
+        return y.sum()
+
+    np.testing.assert_array_equal(jax.grad(loss)(weight, x[:0]), np.zeros_like(weight))
 
 
 @given(convolutions(most=2, groups=3))

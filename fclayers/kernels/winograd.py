@@ -178,16 +178,16 @@ def _convolve_tile(x: Array, kernels: Array, axes: tuple[_Axis, ...], width: int
     from_points, _, to_points = transforms(columns.block, columns.kernel)
     lines = batch * rows.blocks * rows.dilation
     values = _rows_to_points(x, rows, columns)
-    values = values.reshape(rows.points, lines, -1, columns.block, columns.dilation * channels)
+    values = values.reshape(rows.points * lines, -1, columns.block, columns.dilation * channels)
     slices = [
-        values[:, :, start : start + columns.blocks, place]
+        values[:, start : start + columns.blocks, place]
         for start, place in (divmod(j, columns.block) for j in range(columns.points))
     ]
     at_points = jnp.stack([_combine(coefficients, slices) for coefficients in to_points])
     at_points = at_points.reshape(columns.points, rows.points, -1, channels)
     products = lax.dot_general(at_points, kernels, (((3,), (2,)), ((0, 1), (0, 1))))
-    products = products.reshape(columns.points, rows.points, lines, columns.blocks, -1)
-    y = jnp.stack([_combine(coefficients, products) for coefficients in from_points], axis=3)
+    products = products.reshape(columns.points, -1, columns.dilation * features)
+    y = jnp.stack([_combine(coefficients, products) for coefficients in from_points], axis=1)
     y = _product(transforms(rows.block, rows.kernel)[0], y.reshape(rows.points, -1))
     y = y.reshape(rows.block, batch * rows.blocks, rows.dilation, -1, features)[:, :, :, :width]
     return y.swapaxes(0, 1).reshape(batch, -1, width, features)
@@ -198,11 +198,12 @@ def _rows_to_points(x: Array, rows: _Axis, columns: _Axis) -> Array:
     whole = [(axis.blocks + axis.overlap) * axis.step for axis in (rows, columns)]
     x = pad(x, tuple((0, a - b) for a, b in zip(whole, x.shape[1:3], strict=True)), 0)
     x = x.reshape(x.shape[0], rows.blocks + rows.overlap, rows.block, -1)
-    slices = [
-        x[:, start : start + rows.blocks, place]
-        for start, place in (divmod(i, rows.block) for i in range(rows.points))
+    in_blocks = x.transpose(2, 0, 1, 3)
+    parts = [
+        in_blocks[: rows.points - start * rows.block, :, start : start + rows.blocks]
+        for start in range(rows.overlap + 1)
     ]
-    windows = jnp.stack(slices).reshape(rows.points, -1)
+    windows = jnp.concatenate(parts).reshape(rows.points, -1)
     return _product(transforms(rows.block, rows.kernel)[2], windows)
 
 
