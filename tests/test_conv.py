@@ -280,6 +280,7 @@ BAD = {
 test_error = bad_calls(BAD)
 
 
+@pytest.mark.slow
 @given(window_cases())
 def test_tiles_are_the_convolution(case):
     """Large convolutions run in tiles on CPUs; here, tiles of about a row of a small one."""

@@ -83,6 +83,7 @@ def test_a_layer_is_its_materialized_self(layer, form):
     np.testing.assert_allclose(both, jnp.stack([y, y]), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layer", "form"), CELLS)
 def test_gradients_go_through_the_materialized_weight(layer, form):
     with jax.enable_x64(True):
@@ -115,6 +116,7 @@ HEADS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("form", "bias"), HEADS)
 def test_heads_and_mlps(form, bias):
     mlp = tuple(FORMS[form](layer) for layer in fc.init_mlp(KEY, [12, 8, 20], bias=bias))

@@ -23,6 +23,7 @@ def load(monkeypatch):
         sys.modules.pop(helper, None)
 
 
+@pytest.mark.slow
 def test_digits(load, tmp_path, capfd):
     picture = tmp_path / "new" / "digits.png"
     accuracy = load("digits.py")["main"](["--epochs", "40", "--output", str(picture)])

@@ -241,6 +241,7 @@ def test_samples_are_distributed_as_the_probabilities(top_k):
     assert ((counts[kept] - rows * p) ** 2 / (rows * p)).sum() < 45
 
 
+@pytest.mark.slow
 def test_a_draw_depends_on_no_chunk():
     draws = [
         fc.linear_sample(KEY, LAYER, X, temperature=2.0, **sizes)
@@ -394,6 +395,7 @@ def test_infinite_logits():
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_dtype_and_precision():
     def loss(params, x, **arguments):
         return fc.linear_cross_entropy(params, x, LABELS, reduction="mean", **arguments)

@@ -111,6 +111,7 @@ def test_fewer_products_with_many_channels(case, tile):
     check_fewer_products(case, tile)
 
 
+@pytest.mark.slow
 @given(convolutions(kernels=3, most=3, groups=4))
 @settings(max_examples=10)
 def test_sums_of_shifted_inputs(case):
@@ -155,6 +156,7 @@ def test_float64_is_direct():
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("groups", [1, 2])
 def test_derivatives_of_fewer_products(groups):
     """First derivatives, forward and reverse, and one of the second order."""
@@ -185,6 +187,7 @@ TRANSFORMATIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_tiles", [False, True])
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
 def test_fewer_products_in_transformations(name, in_tiles):

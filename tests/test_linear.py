@@ -111,6 +111,7 @@ def test_gradients_are_finite_differences(case):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_shape", [(), (1,), (3,)])
 def test_second_derivatives_are_finite_differences(batch_shape):
     with jax.enable_x64(True):
@@ -121,6 +122,7 @@ def test_second_derivatives_are_finite_differences(batch_shape):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1024, 1040), (1025, 1024), (6, 5)])
 @pytest.mark.parametrize("batch_shape", [(), (1,), (1, 1)])
 def test_single_row_is_the_row_of_a_batch(batch_shape, shape):

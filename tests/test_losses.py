@@ -94,6 +94,7 @@ X = jax.random.normal(jax.random.key(1), (3, 5, 24))
 LABELS = jax.random.randint(jax.random.key(2), (3, 5), 0, 37)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_gives_float32_losses(dtype):
     params, x = jax.tree.map(lambda a: a.astype(dtype), (LAYER, X))
@@ -182,6 +183,7 @@ def test_the_mean_over_nothing_is_nothing():
     assert not gradient.any()
 
 
+@pytest.mark.slow
 def test_vmap_over_inputs_and_over_layers():
     ours = partial(fc.linear_cross_entropy, chunk_size=10)
     np.testing.assert_allclose(
@@ -251,6 +253,7 @@ def test_predictions_with_ties_infinities_and_nan(chunk_size):
         np.testing.assert_array_equal(best, [jnp.argmax(jnp.array(row))])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", sorted(FORMS))
 def test_every_form_predicts_what_it_trains(form):
     params = FORMS[form](LAYER)

@@ -43,6 +43,7 @@ LAYERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYERS)
 def test_updates_are_those_of_the_flattened_matrix(name):
     layer = LAYERS[name]
@@ -59,6 +60,7 @@ def test_updates_are_those_of_the_flattened_matrix(name):
     assert (spread < 2.5).all()
 
 
+@pytest.mark.slow
 def test_factors_are_matrices_and_blocks_are_many():
     low = fc.low_rank(fc.init_linear(KEY, (4, 3), 8), rank=2)
     gradients = draw_like(low)

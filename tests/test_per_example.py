@@ -118,6 +118,7 @@ def layer_and_batch(count=6, *, seed=0):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FORMS)
 def test_every_weight(name):
     layer = FORMS[name](fc.init_linear(jax.random.key(0), 6, 4, dtype=jnp.float64))

@@ -165,6 +165,7 @@ def test_broken_files_are_refused(tmp_path, name):
         fc.interop.load_safetensors(path)
 
 
+@pytest.mark.slow
 def test_ten_thousand_mutated_files(tmp_path):
     """Bytes changed, cut, doubled; digits of the header changed: the documented error or arrays."""
     rng = np.random.default_rng(0)

@@ -120,6 +120,7 @@ def primitives(jaxpr):
     return names
 
 
+@pytest.mark.slow
 def test_it_is_the_network_dilated_by_hand():
     sliding, x = fc.slide(classify, (18, 18)), image(40, 45)
     np.testing.assert_allclose(sliding(PARAMS, x), dilated_by_hand(PARAMS, x), rtol=1e-5, atol=1e-5)
@@ -187,6 +188,7 @@ def clipped(x):
 clipped.defvjp(lambda x: (x**3, x), lambda x, g: (x * jnp.clip(g, -1, 1),))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", [straight_through, smoothed, clipped])
 def test_custom_derivatives_are_kept(function):
     def f(window):

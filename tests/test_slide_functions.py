@@ -13,7 +13,7 @@ from slide_operations import OPERATIONS
 import fclayers as fc
 from fclayers.sliding.rules import RULES
 
-NUM_FUNCTIONS = int(os.environ.get("SLIDE_FUNCTIONS", "8"))
+NUM_FUNCTIONS = int(os.environ.get("SLIDE_FUNCTIONS", "4"))
 CHUNK = 25
 
 
@@ -81,6 +81,7 @@ def test_images_without_elements():
     check(lambda w: (w, w.sum(), w[0], jnp.pad(w, 1)), (7, 0), (4,))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape_and_window", [ONE, ONCE, ((4,), (4,)), TWO, ((6, 7), (1, 4))])
 @pytest.mark.parametrize("stride", [1, 3])
 def test_cumulative_operations(shape_and_window, stride):
@@ -140,6 +141,7 @@ def test_updates_with_an_image_edge_and_one_window():
     np.testing.assert_array_equal(jax.jit(fun)(image)[0, 0], expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis", [0, 1])
 def test_a_min_pool_with_holes_under_a_mask(axis):
     """A product with the mask would not do: XLA makes it a choice in some programs, without NaN."""

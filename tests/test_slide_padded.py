@@ -68,6 +68,7 @@ def test_equation_of_decoders(case):
     assert_equation_holds(case)
 
 
+@pytest.mark.slow
 @settings(max_examples=NUM_EAGER)
 @given(padded_cases(layers=(1, 4)))
 def test_equation_without_jit(case):
@@ -95,6 +96,7 @@ def assert_gradients_agree(case):
         assert_all_close(ours, theirs, 1e-9)
 
 
+@pytest.mark.slow
 @settings(max_examples=NUM_GRADIENTS)
 @given(padded_cases(layers=(1, 4)))
 def test_gradients(case):
@@ -107,6 +109,7 @@ def test_gradients_of_decoders(case):
     assert_gradients_agree(case)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", FLATTEN)
 @pytest.mark.parametrize("kind", ["max", "avg", "avg by counts"])
 def test_pools_in_ceil_mode(kind, order):

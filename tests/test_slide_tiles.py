@@ -59,6 +59,7 @@ def test_tiles_give_what_slide_gives(case):
     assert_close(out, jax.jit(sliding)(0.5, image))
 
 
+@pytest.mark.slow
 def test_padding_inside_means_the_window():
     params = fc.init_conv(jax.random.key(0), (3, 3), 1, 2)
 

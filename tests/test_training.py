@@ -63,6 +63,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_epoch_and_fit_are_the_loop_of_steps_to_the_last_bit(name):
     make_state, loss, optimizer, arguments = CASES[name]
@@ -344,6 +345,7 @@ def mixed_loss(params, batch, key):
     return losses.mean(), {"right": (logits.argmax(-1) == batch["y"]).sum()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MIXED_OPTIMIZERS)
 def test_integers_are_kept_and_floats_train(name):
     optimizer, kept = MIXED_OPTIMIZERS[name]
@@ -386,6 +388,7 @@ def test_floats_train_as_they_do_without_integers():
         chex.assert_trees_all_close(fitted.params[key], expected.params[key], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_int8_layer_with_an_adapter_trains_the_adapter(tmp_path):
     layers = fc.quantize(fc.init_mlp(jax.random.key(0), [6, 8, 3]))
     params = fc.add_lora(jax.random.key(2), layers, rank=2, alpha=4)

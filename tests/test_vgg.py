@@ -42,6 +42,7 @@ def slim():
     return jax.tree.map(shrink, SHAPES, is_leaf=is_layer)
 
 
+@pytest.mark.slow
 def test_the_score_map_is_the_network_at_every_position_of_its_last_feature_map():
     params = slim()
     images = np.random.default_rng(0).standard_normal((1, 224, 256, 3)).astype(np.float32)

@@ -46,6 +46,7 @@ def test_apply_linear_multiplies_by_the_weight_that_a_form_stands_for(case, form
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", SOME_FORMS)
 @pytest.mark.parametrize("rows", [1, 8, 300])
 def test_layers_larger_than_a_tile(form, rows):
@@ -55,6 +56,7 @@ def test_layers_larger_than_a_tile(form, rows):
     np.testing.assert_allclose(fc.apply_linear(params, x), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", SOME_FORMS)
 def test_forms_under_vmap_grad_and_half_precision(form):
     params, x = FORMS[form](LAYER), jax.random.normal(KEY, (6, 4, 3, 5))
@@ -85,6 +87,7 @@ def test_an_mlp_of_any_form(form):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", SOME_FORMS)
 @pytest.mark.parametrize("order", ["HWC", "CHW"])
 @pytest.mark.parametrize("edge", [0, 3])
