@@ -8,7 +8,7 @@ from fclayers._util.checks import check_count
 from fclayers._util.errors import BadValue
 from fclayers._util.jit import jit
 from fclayers._util.meshes import auto_devices, mesh_of
-from fclayers.heads.measure import Options, Rows, check_head, measure
+from fclayers.heads.measure import Checked, Options, Rows, check_head, measure
 from fclayers.heads.statistics import Largest, largest
 from fclayers.linear import LinearParams
 
@@ -53,7 +53,7 @@ def linear_argmax(
         (8,)
     """
     options = Options(axis, chunk_size, row_chunk_size, dtype, precision)
-    best: Array = largest_logits(params, x, 1, options).classes[..., 0]
+    best: Array = largest_logits(check_head(params, x, options), x, 1, options).classes[..., 0]
     return best
 
 
@@ -101,16 +101,17 @@ def linear_top_k(
         ((8, 5), (8, 5))
     """
     options = Options(axis, chunk_size, row_chunk_size, dtype, precision)
-    logits, classes = largest_logits(params, x, k, options)
-    return logits.astype(check_head(params, x, options).dtype), classes
-
-
-def largest_logits(params: LinearParams, x: Array, k: int, options: Options) -> Largest:
-    """The `k` largest logits of every position, and their classes; half precision gives float32."""
     head = check_head(params, x, options)
+    logits, classes = largest_logits(head, x, k, options)
+    return logits.astype(head.dtype), classes
+
+
+def largest_logits(head: Checked, x: Array, k: int, options: Options) -> Largest:
+    """The `k` largest logits of every position, and their classes; half precision gives float32."""
     if not 1 <= check_count("k", k) <= head.classes:
         raise BadValue(f"k must be from 1 to the {head.classes} classes, got {k}")
-    on_one_device = mesh_of((params, x)) is None and auto_devices((params, x)) == 1
+    arrays = head.params, x
+    on_one_device = mesh_of(arrays) is None and auto_devices(arrays) == 1
     statistic = largest(k, in_order=on_one_device)
     found: Largest = measure(statistic, options, (head.params,), (x,), rows=Rows(), at_least=k)
     return found

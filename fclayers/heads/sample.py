@@ -89,10 +89,11 @@ def linear_sample(
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
     options = Options(axis, chunk_size, row_chunk_size, dtype, precision, softcap)
-    params, _, batch, _ = check_head(params, x, options)
+    head = check_head(params, x, options)
+    batch = head.batch
     temperatures = check_temperature(temperature, batch)
     if top_k is not None:
-        logits, classes = largest_logits(params, x, top_k, options)
+        logits, classes = largest_logits(head, x, top_k, options)
         log_probs = jax.nn.log_softmax(logits / temperatures[..., None].astype(logits.dtype))
         chosen = jax.random.categorical(key, log_probs)[..., None] == jnp.arange(top_k)
         log_prob = jnp.where(chosen, log_probs, 0).sum(-1)
@@ -101,7 +102,7 @@ def linear_sample(
     found: tuple[Array, Draw] = measure(
         together(LOG_SUM_EXP, DRAW),
         options,
-        (params,),
+        (head.params,),
         (x,),
         rows=Rows(temperature=temperatures, numbers=numbers),
         key=key,

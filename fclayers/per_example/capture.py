@@ -85,11 +85,16 @@ def capture(
         if scalar:
             found = jax.tree.map(lambda a: a[None], pull_back(jnp.ones_like(out)))
         else:
-            basis = jnp.eye(out.size, dtype=out.dtype).reshape(out.size, *out.shape)
-            found = jax.vmap(pull_back)(basis)
+            found = pull_back_each(pull_back, out)
         return Captured(out, inputs, *found)
 
     return jax.vmap(run_example)(list(batch))
+
+
+def pull_back_each(pull_back: Callable[[Array], Any], out: Array) -> Any:
+    """The gradients of every element of a result, along a first axis."""
+    basis = jnp.eye(out.size, dtype=out.dtype).reshape(out.size, *out.shape)
+    return jax.vmap(pull_back)(basis)
 
 
 def run_steps(steps: Steps, env: dict[int, Any], taps: Mapping[int, Array]) -> dict[int, list[Any]]:

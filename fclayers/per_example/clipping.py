@@ -132,9 +132,7 @@ def _by_itself(gradients: Gradients, group: Group, weights: Array) -> list[Array
     problem = gradients.problem
 
     def weighted_loss(own: list[Array]) -> Array:
-        leaves = list(problem.leaves)
-        for leaf, array in zip(group.leaves, own, strict=True):
-            leaves[leaf] = array
+        leaves = problem.leaves_with(group.leaves, own)
         losses = jax.vmap(problem.run, in_axes=(None, 0))(leaves, gradients.batch)
         return jnp.vdot(weights.astype(losses.dtype), losses)
 

@@ -4,6 +4,7 @@ Loops in which the parameter stays the same are more positions; others are more 
 """
 
 from collections.abc import Callable
+from itertools import compress
 from math import prod
 from typing import NamedTuple
 
@@ -39,10 +40,14 @@ class Sizes(NamedTuple):
 
 def sizes_of(site: Site) -> Sizes:
     """The sizes of a site's factors."""
-    loops = list(zip(site.lengths, site.stacked, strict=True))
-    blocks = prod(length for length, stacked in loops if stacked)
-    positions = prod(length for length, stacked in loops if not stacked)
+    blocks = prod(stack_of(site))
+    positions = prod(site.lengths) // blocks
     return Sizes(blocks * site.rule.blocks, positions * site.rule.positions, *site.rule.sizes)
+
+
+def stack_of(site: Site) -> list[int]:
+    """The lengths of the loops in which the value is another one every time."""
+    return list(compress(site.lengths, site.stacked))
 
 
 def factors_of(site: Site, example: Captured) -> Factors:
@@ -78,11 +83,10 @@ def product_of(site: Site, factors: Factors) -> Array:
         products = jax.vmap(jax.vmap(put), in_axes=(None, 0))(rows, columns)
     else:
         products = jnp.einsum("bpi,rbpo->rbio", rows, columns)
-    loops = zip(site.lengths, site.stacked, strict=True)
-    stacked = [length for length, is_stacked in loops if is_stacked]
-    split = products.reshape(columns.shape[0], *stacked, site.rule.blocks, *products.shape[2:])
+    stack = stack_of(site)
+    split = products.reshape(columns.shape[0], *stack, site.rule.blocks, *products.shape[2:])
     restore = site.rule.restore
-    for _ in range(1 + len(stacked)):
+    for _ in range(1 + len(stack)):
         restore = jax.vmap(restore)
     return restore(split)
 

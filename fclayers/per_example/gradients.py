@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike
 
-from fclayers.per_example.capture import Captured, capture, known_values
+from fclayers.per_example.capture import Captured, capture, known_values, pull_back_each
 from fclayers.per_example.factors import factors_of, product_of, sizes_of
 from fclayers.per_example.groups import Group, Keep, group, leaf_elements
 from fclayers.per_example.problem import Problem
@@ -69,14 +69,10 @@ def former(gradients: Gradients, group: Group) -> Callable[[Example], list[Array
 
     def by_itself(example: Example) -> list[Array]:
         def run(own: list[Array]) -> Array:
-            merged = list(problem.leaves)
-            for leaf, array in zip(group.leaves, own, strict=True):
-                merged[leaf] = array
-            return problem.run(merged, example[1])
+            return problem.run(problem.leaves_with(group.leaves, own), example[1])
 
         out, pull_back = jax.vjp(run, leaves)
-        basis = jnp.eye(out.size, dtype=out.dtype).reshape(out.size, *out.shape)
-        found: list[Array] = jax.vmap(pull_back)(basis)[0]
+        found: list[Array] = pull_back_each(pull_back, out)[0]
         return found
 
     if group.kind == "fallback":
@@ -106,10 +102,7 @@ def pull_back_of(
     problem = gradients.problem
 
     def values(own: list[Array]) -> list[ArrayLike]:
-        merged = list(problem.leaves)
-        for leaf, array in zip(leaves, own, strict=True):
-            merged[leaf] = array
-        known = known_values(problem.program, merged, names)
+        known = known_values(problem.program, problem.leaves_with(leaves, own), names)
         return [jnp.asarray(known[name]) for name in names]
 
     _, pull_back = jax.vjp(values, [problem.leaves[leaf] for leaf in leaves])

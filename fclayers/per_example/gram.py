@@ -142,7 +142,7 @@ def inner_products(ours: Gradients, theirs: Gradients) -> Array:
 def _products_of_group(
     ours: Gradients, theirs: Gradients, group: Group, other_group: Group
 ) -> Array:
-    by_factors = is_by_factors(ours, group, theirs.size)
+    by_factors = _is_by_factors(ours, group, theirs.size)
     prepare: Callable[..., Callable[[Example], Any]] = _factors if by_factors else _vectors
     compare: Callable[..., Array] = _compare_factors if by_factors else _compare_vectors
     size = (bytes_of_factors if by_factors else bytes_of_gradients)(ours, group)
@@ -164,7 +164,7 @@ def _products_of_group(
     return products
 
 
-def is_by_factors(gradients: Gradients, group: Group, others: int) -> bool:
+def _is_by_factors(gradients: Gradients, group: Group, others: int) -> bool:
     """Whether inner products take fewer operations by factors than between formed gradients."""
     outs = gradients.num_outs
     formed = 2 * forming_operations(group, outs) / min(gradients.size, others)

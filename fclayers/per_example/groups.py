@@ -148,6 +148,11 @@ def forming_operations(group: Group, outs: int = 1) -> float:
     return total
 
 
+def formed_norm_operations(program: Program, group: Group) -> float:
+    """Multiplications for forming one example's gradients and taking their norms."""
+    return forming_operations(group) + leaf_elements(program, group)
+
+
 def leaf_elements(program: Program, group: Group) -> int:
     """Number of elements of a group's parameters."""
     return sum(prod(program.shapes[leaf].shape) for leaf in group.leaves)

@@ -11,7 +11,7 @@ from fclayers._util.errors import public
 from fclayers._util.meshes import partition
 from fclayers._util.reprs import short_repr
 from fclayers.per_example.chunks import sum_chunks
-from fclayers.per_example.factors import factors_of, sizes_of
+from fclayers.per_example.factors import factors_of, sizes_of, stack_of
 from fclayers.per_example.gradients import Example, Gradients, bytes_of_factors, find_gradients
 from fclayers.per_example.groups import Group, keep_none
 from fclayers.per_example.meshes import on_any_mesh
@@ -118,9 +118,7 @@ def _moments(gradients: Gradients, group: Group) -> KroneckerFactors:
         of_chunk, gradients.examples(group), count, bytes_of_factors(gradients, group)
     )
     site = group.sites[0]
-    loops = zip(site.lengths, site.stacked, strict=True)
-    stack = [length for length, stacked in loops if stacked]
-    stack += [site.rule.blocks] if site.rule.blocks > 1 else []
+    stack = stack_of(site) + ([site.rule.blocks] if site.rule.blocks > 1 else [])
     positions = sum(s.positions for s in sizes)
     return KroneckerFactors(
         inputs.reshape(*stack, *inputs.shape[1:]) / count,

@@ -19,9 +19,8 @@ from fclayers.per_example.gradients import (
 )
 from fclayers.per_example.groups import (
     Group,
-    forming_operations,
+    formed_norm_operations,
     keep_none,
-    leaf_elements,
     pair_operations,
 )
 from fclayers.per_example.meshes import on_any_mesh
@@ -112,8 +111,9 @@ def total_of(gradients: Gradients, squares: dict[int, Array]) -> Array:
 
 def is_by_factors(program: Program, group: Group) -> bool:
     """Whether norms take fewer operations by factors than by forming the gradients."""
-    forming = forming_operations(group) + leaf_elements(program, group)
-    return group.kind == "factors" and pair_operations(group) <= forming
+    return group.kind == "factors" and pair_operations(group) <= formed_norm_operations(
+        program, group
+    )
 
 
 def _by_factors(group: Group) -> Callable[[Example], list[Array]]:

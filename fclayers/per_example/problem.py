@@ -24,6 +24,13 @@ class Problem(NamedTuple):
     leaves: list[Array]
     structure: jax.tree_util.PyTreeDef
 
+    def leaves_with(self, places: Sequence[int], arrays: Sequence[Array]) -> list[Array]:
+        """The parameters with others in some places."""
+        leaves = list(self.leaves)
+        for place, array in zip(places, arrays, strict=True):
+            leaves[place] = array
+        return leaves
+
 
 def pose(fun: Fun, params: PyTree, batch: PyTree, *, scalar: bool) -> tuple[Problem, list[Array]]:
     """Traces a function for one example; returns it with the arrays of the batch."""

@@ -15,7 +15,7 @@ from fclayers._util.trees import path_name
 from fclayers.per_example.factors import sizes_of
 from fclayers.per_example.groups import (
     Group,
-    forming_operations,
+    formed_norm_operations,
     group,
     keep_none,
     leaf_elements,
@@ -147,7 +147,7 @@ def explain_per_example(loss: Fun) -> Callable[[PyTree, PyTree], PerExampleRepor
             rows,
             count,
             sum(row.flops for row in rows),
-            count * sum(_formed(program, group) for group in groups),
+            count * sum(formed_norm_operations(program, group) for group in groups),
             memory.temp_size_in_bytes if memory else 0,
             count * sum(prod(a.shape) * a.dtype.itemsize for a in shapes),
         )
@@ -166,7 +166,7 @@ def _row(program: Program, groups: list[Group], leaf: int, path: str, count: int
     uses = [use for name in names for use in program.uses[name] if use.eqns]
     lines = tuple(dict.fromkeys(source_line(use.eqns) for use in uses))
     kind, reason = own.kind, own.reason
-    flops = _formed(program, own)
+    flops = formed_norm_operations(program, own)
     if is_by_factors(program, own):
         one = all(sizes_of(site).positions == 1 for site in own.sites) and len(own.sites) == 1
         kind, flops, reason = "outer product" if one else "positions", pair_operations(own), ""
@@ -174,8 +174,3 @@ def _row(program: Program, groups: list[Group], leaf: int, path: str, count: int
         kind, reason = "formed", "has fewer elements than pairs of positions"
     share = prod(shape.shape) / max(1, leaf_elements(program, own))
     return PerExampleRow(path, shape.shape, kind, lines, count * flops * share, reason)
-
-
-def _formed(program: Program, group: Group) -> float:
-    """Multiplications for forming one example's gradients and taking their norms."""
-    return forming_operations(group) + leaf_elements(program, group)
