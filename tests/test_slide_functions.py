@@ -40,6 +40,7 @@ ONE = ((7,), (4,))
 TWO = ((6, 7), (3, 4))
 ONCE = ((7,), (1,))
 FULL = ((3, 4), (3, 4))
+NHC = ("NHC", "HIO", "NHC")
 
 
 @pytest.mark.parametrize("stride", [1, 5])
@@ -193,6 +194,17 @@ def test_products_of_other_dtypes(out):
 
     with jax.enable_x64(True):
         check(fun, *ONE, is_wide=True)
+
+
+def test_a_padded_convolution_of_groups_of_the_batch():
+    kernel = np.arange(12, dtype=np.float32).reshape(3, 1, 4)
+
+    def fun(w):
+        return lax.conv_general_dilated(
+            w[..., None], kernel, (1,), [(1, 1)], batch_group_count=2, dimension_numbers=NHC
+        )
+
+    check(fun, (4, 15), (6,), axes=(1,))
 
 
 def test_a_step_that_cannot_be_mapped():

@@ -41,8 +41,11 @@ def conv(grid: Grid, eqn: JaxprEqn, lhs: Pieces, rhs: Pieces) -> Pieces:
         raise Unshared("convolves with a kernel that varies from window to window")
     if len(lhs.factors[one_factor(lhs, feature)]) > 1:
         raise Unshared("convolves with a window axis as its features")
-    if len(lhs.factors[one_factor(lhs, batch)]) > 1 and eqn.params["batch_group_count"] > 1:
-        raise Unshared("splits a window axis into groups")
+    batch_cuts = lhs.factors[one_factor(lhs, batch)]
+    if eqn.params["batch_group_count"] > 1:
+        if len(batch_cuts) > 1:
+            raise Unshared("splits a window axis into groups")
+        batch_cuts = (out_shapes(eqn)[0][out_spec[0]],)
     (kernel,) = rhs.blocks.values()
     alongs = [
         Along(kernel.shape[axis], *geometry)
@@ -68,7 +71,7 @@ def conv(grid: Grid, eqn: JaxprEqn, lhs: Pieces, rhs: Pieces) -> Pieces:
         for out, dim in zip(out_spec, (batch, feature, *spatial), strict=True):
             moved[out] = index[dim]
         (blocks[tuple(moved)],) = rebind(grid, eqn, block, kernel, padding=tuple(paddings))
-    cuts: dict[int, Cuts] = {out_spec[0]: lhs.factors[batch], out_spec[1]: (shape[out_spec[1]],)}
+    cuts: dict[int, Cuts] = {out_spec[0]: batch_cuts, out_spec[1]: (shape[out_spec[1]],)}
     for out, own in zip(out_spec[2:], parts, strict=True):
         cuts[out] = tuple(part.outputs for part in own)
     return Pieces(tuple((cuts[i],) for i in range(len(shape))), blocks)
