@@ -240,6 +240,10 @@ def convolution(d, shape):
         "dilation": d.int(1, 2),
         "groups": groups,
     }
+    padded = [size + 2 * (options["padding"] == 1) for size in shape[:2]]
+    reach = [(size - 1) * options["dilation"] + 1 for size in kernel]
+    if options["padding"] != "SAME" and any(np.greater(reach, padded)):
+        return None
     layer = fc.init_conv(
         d.key(), kernel, shape[-1], 2 * d.int(1, 2), groups=groups, dtype=jnp.float64
     )
