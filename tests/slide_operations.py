@@ -110,7 +110,7 @@ def binary(d, x):
         "and": (lambda a, b: a & b, "biu", None),
         "or": (lambda a, b: a | b, "biu", None),
         "xor": (lambda a, b: a ^ b, "biu", None),
-        "where": (lambda a, b: jnp.where(a.astype(bool), a, b), "biuf", both),
+        "where": (lambda a, b: jnp.where(_is_nonzero(a), a, b), "biuf", both),
         "flipped": (lambda a, b: b - 2 * a, "if", 3 * both),
     }
     if x.exact and all(other.exact for other in others):
@@ -136,6 +136,11 @@ def binary(d, x):
         bound=bound,
         note=f"{name} {kind}",
     )
+
+
+def _is_nonzero(x):
+    """Of results that round, none lies near the limit."""
+    return x if x.dtype == bool else jnp.abs(x) > 0.1
 
 
 def meets_itself(d, x):
@@ -306,8 +311,8 @@ def noise(d, x):
 
     def mask(x):
         keep = jax.random.bernoulli(key, 0.6, x.shape)
-        # XLA makes a product with a mask a choice in some programs: 0 instead of NaN.
-        return jnp.where(keep, x / 0.5, 0) if drop else keep * jnp.clip(x, -64, 64)
+        # XLA makes a product with a mask a choice in some programs: then 0 * NaN is 0.
+        return jnp.where(keep, x / 0.5, 0) if drop else keep * jnp.clip(jnp.nan_to_num(x), -64, 64)
 
     return Made(mask, bound=2 * x.bound)
 
