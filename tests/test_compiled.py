@@ -66,3 +66,16 @@ def test_backward_writes_the_weights_gradient_once_and_no_copy_of_the_weight(cas
     hlo, weight_size = compile_layer(case, backward=True)
     assert len(re.findall(r" dot\(", hlo)) <= 2
     assert written_sizes(hlo).count(weight_size) == 1
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_pool_does_not_compute_the_convolution_of_one_channel_anew(stride):
+    def network(conv, x):
+        return fc.max_pool(jax.nn.relu(fc.apply_conv(conv, x)), (2, 2), stride=stride)
+
+    conv = fc.init_conv(jax.random.key(0), (3, 3), 1, 8)
+    x = jax.ShapeDtypeStruct((64, 64, 1), jnp.float32)
+    hlo = jax.jit(network).lower(conv, x).compile().as_text()
+    computations = hlo.split("\n\n")
+    assert any(" multiply(" in one for one in computations)
+    assert not any(" multiply(" in one and " select(" in one for one in computations)

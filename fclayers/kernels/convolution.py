@@ -56,7 +56,9 @@ def _fastest(
     if not isinstance(rows, int):  # symbolic in an export
         return _plain(x, weight, geometry, groups, precision)
     if shifted_sums_win(x.shape, weight.shape, geometry, groups):
-        return shifted_convolve(x, weight, geometry, groups)
+        if groups > 1:
+            return shifted_convolve(x, weight, geometry, groups)
+        return _convolve_by(_in_shifted_sums, geometry, precision, x, weight)
     if 1 < groups <= CROSSOVERS.split_groups:
         parts = zip(jnp.split(x, groups, -1), jnp.split(weight, groups, -1), strict=True)
         return jnp.concatenate([_fastest(*part, geometry, 1, precision) for part in parts], -1)
@@ -128,6 +130,12 @@ def _patches(x: Array, geometry: Geometry) -> Array:
     for i in range(ndim):
         x = jnp.stack(taps(x, i, geometry), axis=1 + ndim + i)
     return x.reshape(*x.shape[: ndim + 1], prod(geometry.kernel) * x.shape[-1])
+
+
+def _in_shifted_sums(
+    x: Array, weight: Array, geometry: Geometry, precision: lax.PrecisionLike
+) -> Array:
+    return shifted_convolve(x, weight, geometry, 1)
 
 
 def _in_fewer_products(

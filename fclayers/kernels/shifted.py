@@ -6,7 +6,9 @@ below the speed of its elementwise operations, which is what such a sum is.
 
 from math import prod
 
+import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array
 
 from fclayers.kernels.crossovers import CROSSOVERS
@@ -31,6 +33,22 @@ def shifted_sums_win(
 
 def shifted_convolve(x: Array, weight: Array, geometry: Geometry, groups: int) -> Array:
     """Convolves `(N, *spatial, in)` with `(*kernel, in // groups, out)`."""
+
+    def sums(x: Array, weight: Array) -> Array:
+        return _sums(x, weight, geometry, groups)
+
+    if groups > 1:
+        return sums(x, weight)
+    # XLA would fuse the sums into a pool of the result, and compute them anew for every element of
+    # its windows. It does not fuse a branch, and cannot tell that this one is always taken.
+    first = weight.ravel()[0]
+    always = (first <= jnp.inf) | jnp.isnan(first)
+    y = jax.eval_shape(sums, x, weight)
+    result: Array = lax.cond(always, sums, lambda *_: jnp.zeros(y.shape, y.dtype), x, weight)
+    return result
+
+
+def _sums(x: Array, weight: Array, geometry: Geometry, groups: int) -> Array:
     ndim = len(geometry.kernel)
     shifted = [pad(x, geometry.padding, 0)]
     for i in range(ndim):
