@@ -311,8 +311,8 @@ def noise(d, x):
 
     def mask(x):
         keep = jax.random.bernoulli(key, 0.6, x.shape)
-        # XLA makes a product with a mask a choice in some programs: then 0 * NaN is 0.
-        return jnp.where(keep, x / 0.5, 0) if drop else keep * jnp.clip(jnp.nan_to_num(x), -64, 64)
+        # XLA makes a product with zeros and ones a choice in some programs: +0 for -0 and NaN.
+        return jnp.where(keep, x / 0.5, 0) if drop else (1 + keep) * x
 
     return Made(mask, bound=2 * x.bound)
 
