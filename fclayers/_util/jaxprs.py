@@ -1,6 +1,6 @@
 """What transformations ask of a jaxpr and its equations."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -50,6 +50,19 @@ def out_shapes(eqn: JaxprEqn) -> list[tuple[int, ...]]:
 def open_jaxpr(jaxpr: AnyJaxpr) -> tuple[Jaxpr, list[ArrayLike]]:
     """A jaxpr, closed or not, and its constants."""
     return getattr(jaxpr, "jaxpr", jaxpr), list(getattr(jaxpr, "consts", ()))  # type: ignore[arg-type]
+
+
+def traced_consts(
+    consts: Sequence[ArrayLike],
+) -> tuple[list[Array], Callable[[Sequence[Array]], list[ArrayLike]]]:
+    """The constants that are traced, and all of them from other values of those."""
+    is_traced = [isinstance(const, jax.core.Tracer) for const in consts]
+
+    def merge(values: Sequence[Array]) -> list[ArrayLike]:
+        rest = iter(values)
+        return [next(rest) if t else c for c, t in zip(consts, is_traced, strict=True)]
+
+    return [cast("Array", c) for c, t in zip(consts, is_traced, strict=True) if t], merge
 
 
 def called_jaxpr(eqn: JaxprEqn) -> tuple[AnyJaxpr | None, int]:

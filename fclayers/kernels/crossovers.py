@@ -28,6 +28,7 @@ class Crossovers(NamedTuple):
         winograd_gain: Least number of times as many products in a direct convolution.
         winograd_kernel: Bytes of the transformed kernel at most, unless patches have as many.
         winograd_tile: Bytes of the transformed inputs and outputs of a tile, if patches are large.
+        strip_bytes: Bytes of the largest map of `slide`; more positions are computed in strips.
     """
 
     large_patches: int = 2**25
@@ -46,6 +47,7 @@ class Crossovers(NamedTuple):
     winograd_gain: float = 2.5
     winograd_kernel: int = 2**24
     winograd_tile: int = 2**23
+    strip_bytes: int = 2**23
 
 
 CROSSOVERS = Crossovers()

@@ -11,6 +11,7 @@ from typing import NamedTuple, cast
 
 import numpy as np
 from jax.extend.core import JaxprEqn, Literal, Var
+from jaxtyping import Array
 
 from fclayers._util.jaxprs import AnyJaxpr, aval, called_jaxpr, open_jaxpr, out_shapes, source_line
 from fclayers.sliding.calls import CALL_RULES, has_shareable_derivative
@@ -58,6 +59,7 @@ class Step(NamedTuple):
     shape: tuple[int, ...]
     operations: float
     operations_of_windows: float
+    bytes: int
     bytes_in_pieces: int
     reason: str = ""
 
@@ -168,11 +170,18 @@ def _note(
     ours, windows = (
         (0.0, 0.0) if kind == "constant" else count_operations(trace.grid, eqn, inputs, results)
     )
-    arrays = arrays_of([value for value in results if isinstance(value, Pieces)])
-    size = sum(array.size * array.dtype.itemsize for array in arrays)
+    arrays = [value.array for value in results if isinstance(value, Value)]
+    bordered = _bytes(arrays_of([value for value in results if isinstance(value, Pieces)]))
+    size = bordered + (0 if kind == "constant" else _bytes(arrays))
     shape = shapes[0] if shapes else ()
-    trace.steps.append(Step((eqn, *trace.callers), kind, shape, ours, windows, size, reason))
+    trace.steps.append(
+        Step((eqn, *trace.callers), kind, shape, ours, windows, size, bordered, reason)
+    )
     return results
+
+
+def _bytes(arrays: Sequence[Array]) -> int:
+    return sum(array.size * array.dtype.itemsize for array in arrays)
 
 
 def _note_reach(trace: Trace, eqn: JaxprEqn, value: Value) -> None:

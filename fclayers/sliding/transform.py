@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, PyTree
 
 from fclayers._util.errors import BadValue, public
+from fclayers._util.jaxprs import traced_consts
 from fclayers._util.trees import abstract
 from fclayers.sliding.arguments import check_image, check_windows, place_windows
 from fclayers.sliding.cutting import cut_windows
@@ -145,21 +146,15 @@ def _run_all(trace: Trace, jaxpr: ClosedJaxpr, image: Value) -> list[Array]:
     run = partial(_interpret_in_strips, jaxpr=jaxpr, image=image)
     if not contains(jaxpr.jaxpr, "custom_vjp_call"):
         return run(trace, jaxpr.consts, image.array)
-    traced = [isinstance(const, jax.core.Tracer) for const in jaxpr.consts]
+    consts, merge = traced_consts(jaxpr.consts)
 
-    def run_with(trace: Trace, consts: Sequence[ArrayLike], array: Array) -> list[Array]:
-        rest = iter(consts)
-        known = [
-            next(rest) if is_traced else const
-            for const, is_traced in zip(jaxpr.consts, traced, strict=True)
-        ]
-        return run(trace, known, array)
+    def run_with(trace: Trace, consts: Sequence[Array], array: Array) -> list[Array]:
+        return run(trace, merge(consts), array)
 
     # A backward pass need not be linear, and would get the sum over windows if it were shared.
     evaluate = jax.custom_vjp(partial(run_with, trace))
     own = partial(run_with, Trace(trace.grid, keeps_backward_passes=True))
     evaluate.defvjp(partial(jax.vjp, own), lambda backward, cotangents: backward(cotangents))
-    consts = [c for c, is_traced in zip(jaxpr.consts, traced, strict=True) if is_traced]
     results: list[Array] = evaluate(consts, image.array)
     return results
 
