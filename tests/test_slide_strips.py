@@ -38,6 +38,7 @@ def padded(convs, x):
 def _small_caches(monkeypatch):
     monkeypatch.setattr(strips, "CROSSOVERS", CROSSOVERS._replace(strip_bytes=2**9))
     monkeypatch.setattr(strips, "_MOST_WORK", 100)
+    monkeypatch.setattr(strips, "_MOST_PIXELS", 100)
 
 
 @pytest.mark.usefixtures("_small_caches")
@@ -63,6 +64,7 @@ def test_strips_that_fit_the_cache_give_the_same(monkeypatch, limit, stride):
     assert "scan" not in str(jax.make_jaxpr(sliding)(CONVS, IMAGE))
     monkeypatch.setattr(strips, "CROSSOVERS", CROSSOVERS._replace(strip_bytes=limit))
     monkeypatch.setattr(strips, "_MOST_WORK", 100)
+    monkeypatch.setattr(strips, "_MOST_PIXELS", 100)
     for run in (sliding, jax.jit(sliding)):
         for ours, theirs in zip(run(CONVS, IMAGE), expected, strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
@@ -81,6 +83,7 @@ def test_only_what_is_evaluated_runs_in_strips():
 
 def test_strips_that_compute_much_twice_are_not_taken(monkeypatch):
     monkeypatch.setattr(strips, "CROSSOVERS", CROSSOVERS._replace(strip_bytes=2**9))
+    monkeypatch.setattr(strips, "_MOST_PIXELS", 100)
     assert "scan" not in str(jax.make_jaxpr(fc.slide(network, WINDOW))(CONVS, IMAGE))
 
 
@@ -106,6 +109,7 @@ def test_transformations_of_strips(monkeypatch):
     expected = results()
     monkeypatch.setattr(strips, "CROSSOVERS", CROSSOVERS._replace(strip_bytes=2**12))
     monkeypatch.setattr(strips, "_MOST_WORK", 100)
+    monkeypatch.setattr(strips, "_MOST_PIXELS", 100)
     for ours, theirs in zip(*map(jax.tree.leaves, (results(), expected)), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 

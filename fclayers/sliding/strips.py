@@ -25,8 +25,10 @@ from fclayers.sliding.values import Grid, Value
 # A program keeps some values at once; this many times the largest is about what it needs.
 _LIVE_VALUES = 8
 _MAX_BYTES = 2**29
-# Neighbouring strips compute twice what both see. More of it than this is not worth the cache.
+# Neighbouring strips compute twice what both see. More of it than this is not worth the cache, and
+# where strips see this many times as many pixels, it is always more.
 _MOST_WORK = 1.1
+_MOST_PIXELS = 2
 
 
 def run_in_strips(
@@ -46,11 +48,11 @@ def run_in_strips(
         few = partial(run, trace.inside(grid._replace(counts=counts)))
         return _map_strips(grid, counts, few, whole.out_avals, image, image.array)
     counts = _counts_in_cache(grid, max((step.bytes for step in trace.steps), default=0))
-    if counts != grid.counts:
+    strips = ceil(grid.counts[0] / counts[0])
+    part = abstract(_strip_shape(grid, counts, image), image.array.dtype)
+    if strips > 1 and strips * prod(part.shape) <= _MOST_PIXELS * image.array.size:
         inside = trace.inside(grid._replace(counts=counts))
-        part = abstract(_strip_shape(grid, counts, image), image.array.dtype)
         strip = jax.make_jaxpr(partial(run, inside))(part)
-        strips = ceil(grid.counts[0] / counts[0])
         if strips * _operations(inside) <= _MOST_WORK * _operations(trace):
             return _run_for_platform(grid, counts, whole, strip, image)
     results: list[Array] = jaxpr_as_fun(whole)(image.array)
