@@ -83,11 +83,14 @@ def in_tiles(
         return convolution._in_tiles(x, weight, geometry, None)
 
 
+def at_once(x: jax.Array, weight: jax.Array, geometry: Geometry) -> jax.Array:
+    return convolution._product_of_patches(x, weight, geometry, None)
+
+
 def direct(x: jax.Array, weight: jax.Array, geometry: Geometry) -> jax.Array:
     """As `convolve` without the formulations with fewer products."""
-    if patch_bytes(x.shape, weight.shape, geometry) > CROSSOVERS.large_patches:
-        return in_tiles(x, weight, geometry)
-    return plain(x, weight, geometry)
+    with mock.patch.object(convolution, "winograd_wins", return_value=False):
+        return convolution._fastest(x, weight, geometry, 1, None)
 
 
 def fewer_products(
@@ -170,6 +173,30 @@ def ladders() -> dict[str, Ladder]:
             convs(patches, [Conv(n, 3, 24, 24) for n in (56, 112, 224, 448)], plain, in_tiles)
         ),
         "tile_patches": Ladder(tiles(Conv(224, 5, 24, 24), in_tiles, range(20, 26))),
+        "least_patches": Ladder(
+            convs(patches, [Conv(n, 3, 20, 64) for n in (14, 28, 56, 112)], plain, at_once)
+        ),
+        "product_patches": Ladder(
+            convs(patches, [Conv(n, 3, 20, 64) for n in (56, 112, 160, 224)], plain, at_once),
+            most=True,
+        ),
+        "product_terms": Ladder(
+            convs(
+                lambda conv: conv.kernel**2 * conv.channels,
+                [Conv(40, 3, n, 64) for n in (16, 32, 64, 128)],
+                plain,
+                at_once,
+            ),
+            most=True,
+        ),
+        "product_features": Ladder(
+            convs(
+                lambda conv: conv.features,
+                [Conv(80, 3, 16, n) for n in (8, 16, 32, 64, 128)],
+                plain,
+                at_once,
+            )
+        ),
         "winograd_channels": Ladder(
             convs(
                 lambda conv: conv.channels,

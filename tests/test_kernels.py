@@ -242,6 +242,27 @@ def test_groups_one_by_one(case):
     np.testing.assert_allclose(y, _plain(x, weight, geometry, groups, None), rtol=1e-4, atol=1e-4)
 
 
+@given(convolutions(strides=1, kernels=4))
+@settings(max_examples=5)
+def test_products_of_patches(case):
+    x, weight, geometry, _ = case
+    x, weight = jnp.float32(x), jnp.float32(weight)
+    always = CROSSOVERS._replace(shifted_terms=0, least_patches=0, product_features=0)
+
+    def both(convolve):
+        y, pull_back = jax.vjp(convolve, x, weight)
+        return y, *pull_back(jnp.cos(y))
+
+    expected = both(lambda x, weight: _plain(x, weight, geometry, 1, None))
+    with (
+        mock.patch("fclayers.kernels.shifted.CROSSOVERS", always),
+        mock.patch("fclayers.kernels.convolution.CROSSOVERS", always),
+    ):
+        actual = both(lambda x, weight: convolve(x, weight, geometry, 1, None))
+    for ours, theirs in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
 def test_gradient_of_a_pool_of_tiles():
     """With two rows and a column that belong to no window."""
     with jax.enable_x64(True):

@@ -13,6 +13,10 @@ class Crossovers(NamedTuple):
     Attributes:
         large_patches: Bytes of patches above which a direct convolution runs in tiles.
         tile_patches: Bytes of patches of such a tile.
+        least_patches: Bytes of patches at least that are made and multiplied at once.
+        product_patches: Bytes of them at most.
+        product_terms: Most terms of an output for it.
+        product_features: Least number of output channels for it.
         grouped_terms: Most terms of an output (elements of the kernel times inputs of a group) for
             sums of shifted inputs, if there are groups.
         shifted_terms: The same without groups.
@@ -33,6 +37,10 @@ class Crossovers(NamedTuple):
 
     large_patches: int = 2**25
     tile_patches: int = 2**22
+    least_patches: int = 3 * 2**19
+    product_patches: int = 2**23
+    product_terms: int = 640
+    product_features: int = 32
     grouped_terms: int = 72
     shifted_terms: int = 27
     shifted_channels: int = 3
