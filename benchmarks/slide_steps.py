@@ -93,15 +93,17 @@ def _ready(call: Any, *args: Any) -> Any:
 
 
 def draw(results: Mapping[str, Layers]) -> Figure:
-    figure = Figure(figsize=(8.2, 5.4), layout="constrained")
-    grid = figure.subplots(2, 2)
+    height = -(-len(results) // 2)
+    figure = Figure(figsize=(8.2, 2.7 * height), layout="constrained")
+    grid = figure.subplots(height, 2)
     rows = max(map(len, results.values()))
-    for axes, (case, layers) in zip(grid.flat, results.items(), strict=True):
+    for axes, (case, layers) in zip(grid.flat, results.items(), strict=False):
         _draw_case(axes, case, layers)
         axes.set_ylim(rows - 0.5, -0.5)
-    for axes in grid[1]:
         axes.set_xlabel("milliseconds")
-    grid[1, 1].legend(loc="lower right", frameon=False)
+    for axes in grid.flat[len(results) :]:
+        axes.set_axis_off()
+    grid[0, 0].legend(loc="lower right", frameon=False)
     return figure
 
 
