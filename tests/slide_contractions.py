@@ -181,6 +181,8 @@ def conv(d, x):
     }
 
     def convolve(x):
+        # As products, convolutions spread what is not finite.
+        x = jnp.nan_to_num(x, posinf=64, neginf=-64) if x.dtype.kind in "fc" else x
         return lax.conv_general_dilated(x.reshape(shape), weight, **extras)
 
     return Made(convolve, bound=4 * x.bound * max(weight.size // out, 1), note=str(extras))
