@@ -7,7 +7,8 @@ import pytest
 from jax import lax
 
 import fclayers as fc
-from fclayers.sliding import strips
+from fclayers.kernels.crossovers import CROSSOVERS
+from fclayers.sliding import costs, strips
 
 FIRST = fc.init_conv(jax.random.key(0), (3, 3), 2, 4)
 SECOND = fc.init_conv(jax.random.key(1), (3, 3), 4, 4)
@@ -179,6 +180,19 @@ def test_memory_does_not_grow_with_the_number_of_positions(monkeypatch):
     ]
     assert max(temporaries) < 2**27
     assert temporaries[1] < 1.5 * temporaries[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [2**14, 2**17])
+def test_strips_of_positions_give_the_same(monkeypatch, limit):
+    fun, x = SHARED["two, a pool and a dense layer"], image()
+    expected = jax.jit(fc.slide(fun, WINDOW, stride=(1, 2)))(x)
+    monkeypatch.setattr(costs, "CHUNK_BYTES", 2**12)
+    monkeypatch.setattr(strips, "_MAX_BYTES", limit)
+    monkeypatch.setattr(strips, "CROSSOVERS", CROSSOVERS._replace(strip_bytes=2**12))
+    actual = jax.jit(fc.slide(fun, WINDOW, stride=(1, 2)))(x)
+    assert "scan" in str(jax.make_jaxpr(fc.slide(fun, WINDOW, stride=(1, 2)))(x))
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-4)
 
 
 @jax.custom_vjp

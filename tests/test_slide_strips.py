@@ -34,11 +34,16 @@ def padded(convs, x):
     return fc.max_pool(fc.apply_conv(convs[1], y, padding="SAME"), (2, 2)).sum((0, 1))
 
 
-@pytest.fixture
-def _small_caches(monkeypatch):
-    monkeypatch.setattr(strips, "CROSSOVERS", CROSSOVERS._replace(strip_bytes=2**9))
+def take_strips(monkeypatch, strip_bytes):
+    """Strips of this size, whatever they compute twice."""
+    monkeypatch.setattr(strips, "CROSSOVERS", CROSSOVERS._replace(strip_bytes=strip_bytes))
     monkeypatch.setattr(strips, "_MOST_WORK", 100)
     monkeypatch.setattr(strips, "_MOST_PIXELS", 100)
+
+
+@pytest.fixture
+def _small_caches(monkeypatch):
+    take_strips(monkeypatch, 2**9)
 
 
 @pytest.mark.usefixtures("_small_caches")
@@ -62,9 +67,7 @@ def test_strips_that_fit_the_cache_give_the_same(monkeypatch, limit, stride):
     sliding = fc.slide(network, WINDOW, stride=stride)
     expected = jax.jit(sliding)(CONVS, IMAGE)
     assert "scan" not in str(jax.make_jaxpr(sliding)(CONVS, IMAGE))
-    monkeypatch.setattr(strips, "CROSSOVERS", CROSSOVERS._replace(strip_bytes=limit))
-    monkeypatch.setattr(strips, "_MOST_WORK", 100)
-    monkeypatch.setattr(strips, "_MOST_PIXELS", 100)
+    take_strips(monkeypatch, limit)
     for run in (sliding, jax.jit(sliding)):
         for ours, theirs in zip(run(CONVS, IMAGE), expected, strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
@@ -107,9 +110,7 @@ def test_transformations_of_strips(monkeypatch):
         )
 
     expected = results()
-    monkeypatch.setattr(strips, "CROSSOVERS", CROSSOVERS._replace(strip_bytes=2**12))
-    monkeypatch.setattr(strips, "_MOST_WORK", 100)
-    monkeypatch.setattr(strips, "_MOST_PIXELS", 100)
+    take_strips(monkeypatch, 2**12)
     for ours, theirs in zip(*map(jax.tree.leaves, (results(), expected)), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
