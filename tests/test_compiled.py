@@ -68,13 +68,19 @@ def test_backward_writes_the_weights_gradient_once_and_no_copy_of_the_weight(cas
     assert written_sizes(hlo).count(weight_size) == 1
 
 
+@pytest.mark.parametrize("num_kernels", [None, 2])
+@pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize("stride", [1, 2])
-def test_a_pool_does_not_compute_the_convolution_of_one_channel_anew(stride):
+def test_a_pool_does_not_compute_sums_of_shifted_inputs_anew(stride, groups, num_kernels):
     def network(conv, x):
-        return fc.max_pool(jax.nn.relu(fc.apply_conv(conv, x)), (2, 2), stride=stride)
+        y = fc.apply_conv(conv, x, groups=groups)
+        return fc.max_pool(jax.nn.relu(y), (2, 2), stride=stride)
 
-    conv = fc.init_conv(jax.random.key(0), (3, 3), 1, 8)
-    x = jax.ShapeDtypeStruct((64, 64, 1), jnp.float32)
+    conv = fc.init_conv(jax.random.key(0), (3, 3), groups, 8, groups=groups)
+    if num_kernels:
+        conv = jax.tree.map(lambda leaf: jnp.stack([leaf] * num_kernels), conv)
+        network = jax.vmap(network, (0, None))
+    x = jax.ShapeDtypeStruct((64, 64, groups), jnp.float32)
     hlo = jax.jit(network).lower(conv, x).compile().as_text()
     computations = hlo.split("\n\n")
     assert any(" multiply(" in one for one in computations)

@@ -1,5 +1,6 @@
 """Convolutions and pools against windows cut out in a loop, in float64."""
 
+from functools import partial
 from math import prod
 from unittest import mock
 
@@ -292,7 +293,12 @@ def test_tiles_are_the_convolution(case):
 
     def in_tiles(weight, x):
         with mock.patch.object(convolution, "CROSSOVERS", CROSSOVERS._replace(tile_patches=200)):
-            return convolution._convolve_by(convolution._in_tiles, geometry, None, x, weight)
+            return convolution._convolve_by(
+                partial(convolution._in_tiles, geometry=geometry, precision=None),
+                partial(convolution._plain, geometry=geometry, groups=1, precision=None),
+                x,
+                weight,
+            )
 
     def plain(weight, x):
         kwargs = {"stride": case.stride, "padding": case.padding, "dilation": case.dilation}

@@ -227,6 +227,53 @@ def test_no_examples(groups):
     np.testing.assert_array_equal(jax.grad(loss)(weight, x[:0]), np.zeros_like(weight))
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "size"), [(1, 0, 64), (0, 2, 64), (8, 0, 3), (0, 0, 3), (64, 0, 64)]
+)
+def test_no_channels(inputs, outputs, size, groups):
+    x, weight = (
+        jnp.ones((2, size, size, inputs * groups)),
+        jnp.ones((3, 3, inputs, outputs * groups)),
+    )
+
+    def loss(weight, x):
+        return convolve(x, weight, CHOSEN, groups, None).sum()
+
+    y = convolve(x, weight, CHOSEN, groups, None)
+    np.testing.assert_array_equal(y, np.zeros((2, size, size, outputs * groups)))
+    for gradient in jax.grad(loss, (0, 1))(weight, x):
+        np.testing.assert_array_equal(gradient, np.zeros_like(gradient))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "groups", "size"),
+    [
+        (3, 8, 1, 64),
+        (1, 1, 8, 16),
+        (32, 32, 1, 28),
+        (48, 48, 1, 40),
+        (16, 16, 1, 3),
+        (20, 64, 4, 12),
+    ],
+)
+def test_linear_in_either_argument(inputs, outputs, groups, size):
+    """Sums of shifted inputs, depthwise too, fewer products, patches, a tiny map, and groups."""
+    rng = np.random.default_rng(0)
+    x = jnp.float32(rng.standard_normal((1, size, size, inputs * groups)))
+    weight = jnp.float32(rng.standard_normal((3, 3, inputs, outputs * groups)))
+    conv = partial(convolve, geometry=CHOSEN, groups=groups, precision=None)
+    y = conv(x, weight)
+    both = [
+        (lambda x: conv(x, weight), x),
+        (lambda weight: conv(x, weight), weight),
+    ]
+    for fun, argument in both:
+        (ours,) = jax.linear_transpose(fun, argument)(y)
+        (theirs,) = jax.vjp(fun, argument)[1](y)
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5 * np.abs(theirs).max())
+
+
 @given(convolutions(most=2, groups=3))
 @settings(max_examples=5)
 def test_groups_one_by_one(case):

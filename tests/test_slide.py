@@ -79,6 +79,28 @@ def test_maxima_of_every_second_element_have_gradients():
     chex.assert_trees_all_equal(jax.grad(lambda x: fc.slide(fun, (4,))(x).sum())(x), windows)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_maxima_of_sums_rounded_anew_have_gradients(seed):
+    """XLA rounded the grouped convolution in two ways, so that no element was the maximum."""
+
+    def loss(sliding, weight, image):
+        return (sliding(weight, image) ** 2).sum()
+
+    def fun(weight, window):
+        y = fc.apply_conv(fc.ConvParams(weight, None), window, padding=1, groups=2)
+        return y.max((0, 1))
+
+    def by_hand(weight, image):
+        return jnp.stack([fun(weight, image[:, i : i + 3]) for i in range(3)])
+
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(seed)
+        weight, image = rng.standard_normal((2, 1, 1, 2)), rng.standard_normal((3, 5, 2))
+        ours = jax.jit(jax.grad(partial(loss, fc.slide(fun, (3, 3)))))(weight, image)
+        theirs = jax.grad(partial(loss, by_hand))(weight, image)
+        chex.assert_trees_all_close(ours, theirs, rtol=1e-9)
+
+
 CONV = fc.init_conv(KEY, (3, 3), 1, 4)
 SECOND = fc.init_conv(KEY, (3, 3), 4, 6)
 HEAD = fc.init_mlp(KEY, [3 * 3 * 6, 8, 5])

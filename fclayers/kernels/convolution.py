@@ -21,11 +21,11 @@ from fclayers._util.dtypes import accumulation_dtype
 from fclayers.kernels.crossovers import CROSSOVERS
 from fclayers.kernels.int8 import dequantized, quantized_product
 from fclayers.kernels.product import matrix_product
-from fclayers.kernels.shifted import shifted_convolve, shifted_sums_win
+from fclayers.kernels.shifted import shifted_convolve, shifted_sums, shifted_sums_win
 from fclayers.kernels.windows import Geometry, pad, positions, taps
 from fclayers.kernels.winograd import winograd_convolve, winograd_wins
 
-Formulation = Callable[[Array, Array, Geometry, lax.PrecisionLike], Array]
+Formulation = Callable[[Array, Array], Array]
 
 
 def convolve(
@@ -51,29 +51,32 @@ def _fastest(
     x: Array, weight: Array, geometry: Geometry, groups: int, precision: lax.PrecisionLike
 ) -> Array:
     """Convolves in the formulation that is fastest on CPUs."""
+    plain = partial(_plain, geometry=geometry, groups=groups, precision=precision)
     rows = x.shape[0] * prod(positions(x.shape[1:-1], geometry))
     fan_in, fan_out = prod(weight.shape[:-1]), weight.shape[-1]
     if not isinstance(rows, int):  # symbolic in an export
-        return _plain(x, weight, geometry, groups, precision)
+        return plain(x, weight)
     if shifted_sums_win(x.shape, weight.shape, geometry, groups):
-        if groups > 1:
-            return shifted_convolve(x, weight, geometry, groups)
-        return _convolve_by(_in_shifted_sums, geometry, precision, x, weight)
+        in_sums = partial(shifted_convolve, geometry=geometry, groups=groups)
+        sums = partial(shifted_sums, geometry=geometry, groups=groups)
+        return _convolve_by(in_sums, sums if groups > 1 else plain, x, weight)
     if 1 < groups <= CROSSOVERS.split_groups:
         parts = zip(jnp.split(x, groups, -1), jnp.split(weight, groups, -1), strict=True)
         return jnp.concatenate([_fastest(*part, geometry, 1, precision) for part in parts], -1)
     if groups > 1:
-        return _plain(x, weight, geometry, groups, precision)
+        return plain(x, weight)
+    product = partial(_product_of_patches, geometry=geometry, precision=precision)
     if prod(geometry.kernel) == 1 or rows <= fan_out:
-        return _product_of_patches(x, weight, geometry, precision)
+        return product(x, weight)
     if _may_round(x.dtype, precision) and winograd_wins(x.shape, weight.shape, geometry):
-        return _convolve_by(_in_fewer_products, geometry, precision, x, weight)
+        return _convolve_by(partial(winograd_convolve, geometry=geometry), plain, x, weight)
     patches = rows * fan_in * x.dtype.itemsize
     if patches > CROSSOVERS.large_patches:
-        return _convolve_by(_in_tiles, geometry, precision, x, weight)
+        in_tiles = partial(_in_tiles, geometry=geometry, precision=precision)
+        return _convolve_by(in_tiles, plain, x, weight)
     if x.dtype == jnp.float32 and _product_wins(fan_in, fan_out, patches, geometry):
-        return _convolve_by(_product_of_patches, geometry, precision, x, weight)
-    return _plain(x, weight, geometry, groups, precision)
+        return _convolve_by(product, plain, x, weight)
+    return plain(x, weight)
 
 
 def quantized_convolve(
@@ -152,18 +155,6 @@ def _patches(x: Array, geometry: Geometry) -> Array:
     return x.reshape(*x.shape[: ndim + 1], prod(geometry.kernel) * x.shape[-1])
 
 
-def _in_shifted_sums(
-    x: Array, weight: Array, geometry: Geometry, precision: lax.PrecisionLike
-) -> Array:
-    return shifted_convolve(x, weight, geometry, 1)
-
-
-def _in_fewer_products(
-    x: Array, weight: Array, geometry: Geometry, precision: lax.PrecisionLike
-) -> Array:
-    return winograd_convolve(x, weight, geometry)
-
-
 def _in_tiles(x: Array, weight: Array, geometry: Geometry, precision: lax.PrecisionLike) -> Array:
     """One product of patches after the other, for some rows of the first spatial axis each."""
     batch, outputs = x.shape[0], positions(x.shape[1:-1], geometry)
@@ -190,31 +181,24 @@ def _in_tiles(x: Array, weight: Array, geometry: Geometry, precision: lax.Precis
     return y
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
-def _convolve_by(
-    formulation: Formulation,
-    geometry: Geometry,
-    precision: lax.PrecisionLike,
-    x: Array,
-    weight: Array,
-) -> Array:
-    """Convolves by the formulation; derivatives are those of XLA's convolution."""
-    return formulation(x, weight, geometry, precision)
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _convolve_by(formulation: Formulation, other: Formulation, x: Array, weight: Array) -> Array:
+    """Convolves by one formulation; derivatives are those of the other."""
+    return formulation(x, weight)
 
 
 @partial(_convolve_by.defjvp, symbolic_zeros=True)
 def _convolve_by_jvp(
     formulation: Formulation,
-    geometry: Geometry,
-    precision: lax.PrecisionLike,
+    other: Formulation,
     primals: tuple[Array, Array],
     tangents: tuple[Array | SymbolicZero, Array | SymbolicZero],
 ) -> tuple[Array, Array]:
     (x, weight), (x_dot, weight_dot) = primals, tangents
-    y = _convolve_by(formulation, geometry, precision, x, weight)
+    y = _convolve_by(formulation, other, x, weight)
     y_dot = jnp.zeros_like(y)
     if not isinstance(x_dot, SymbolicZero):
-        y_dot += _plain(x_dot, weight, geometry, 1, precision)
+        y_dot += other(x_dot, weight)
     if not isinstance(weight_dot, SymbolicZero):
-        y_dot += _plain(x, weight_dot, geometry, 1, precision)
+        y_dot += other(x, weight_dot)
     return y, y_dot

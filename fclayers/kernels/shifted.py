@@ -4,14 +4,14 @@ XLA's CPU backend runs depthwise and grouped convolutions, and those of one to t
 below the speed of its elementwise operations, which is what such a sum is.
 """
 
+from functools import partial
 from math import prod
 
-import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array
 
 from fclayers.kernels.crossovers import CROSSOVERS
+from fclayers.kernels.unfused import unfused
 from fclayers.kernels.windows import Geometry, pad, positions, taps
 
 
@@ -21,7 +21,7 @@ def shifted_sums_win(
     """Whether `shifted_convolve` is faster for a map `(N, *spatial, in)`."""
     terms, features = prod(weight_shape[:-1]), weight_shape[-1]
     if groups > 1:
-        return terms <= CROSSOVERS.grouped_terms
+        return 0 < terms <= CROSSOVERS.grouped_terms
     rows = x_shape[0] * prod(positions(x_shape[1:-1], geometry))
     return (
         1 < terms <= CROSSOVERS.shifted_terms
@@ -33,33 +33,22 @@ def shifted_sums_win(
 
 def shifted_convolve(x: Array, weight: Array, geometry: Geometry, groups: int) -> Array:
     """Convolves `(N, *spatial, in)` with `(*kernel, in // groups, out)`."""
-
-    def sums(x: Array, weight: Array) -> Array:
-        return _sums(x, weight, geometry, groups)
-
-    if groups > 1:
-        return sums(x, weight)
-    # XLA would fuse the sums into a pool of the result, and compute them anew for every element of
-    # its windows. It does not fuse a branch, and cannot tell that this one is always taken.
-    first = weight.ravel()[0]
-    always = (first <= jnp.inf) | jnp.isnan(first)
-    y = jax.eval_shape(sums, x, weight)
-    result: Array = lax.cond(always, sums, lambda *_: jnp.zeros(y.shape, y.dtype), x, weight)
-    return result
+    return unfused(partial(shifted_sums, geometry=geometry, groups=groups), x, weight)
 
 
-def _sums(x: Array, weight: Array, geometry: Geometry, groups: int) -> Array:
+def shifted_sums(x: Array, weight: Array, geometry: Geometry, groups: int) -> Array:
+    """The same, which XLA may fuse into what reads it."""
     ndim = len(geometry.kernel)
     shifted = [pad(x, geometry.padding, 0)]
     for i in range(ndim):
         shifted = [tap for part in shifted for tap in taps(part, i, geometry)]
     channels, features = weight.shape[-2:]
-    flat = weight.reshape(-1, channels, features)
+    flat = weight.reshape(prod(geometry.kernel), channels, features)
     total: Array | None = None
     for tap, row in zip(shifted, flat, strict=True):
         for c in range(channels):
             inputs = tap[..., c::channels]
-            if groups > 1 and features > groups:
+            if groups > 1 and features != groups:
                 inputs = jnp.repeat(inputs, features // groups, axis=-1)
             term = inputs * row[c]
             total = term if total is None else total + term
