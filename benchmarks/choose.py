@@ -104,6 +104,21 @@ def shifted_sums(x: jax.Array, weight: jax.Array, geometry: Geometry) -> jax.Arr
     return shifted.shifted_convolve(x, weight, geometry, x.shape[-1] // weight.shape[-2])
 
 
+def gradient_of_merged(
+    x: jax.Array, weight: jax.Array, geometry: Geometry, channels: int
+) -> tuple[jax.Array, jax.Array]:
+    groups = x.shape[-1] // weight.shape[-2]
+
+    def loss(x: jax.Array, weight: jax.Array) -> jax.Array:
+        y = convolution._in_merged_groups(x, weight, geometry, groups, None)
+        return 0.5 * jnp.mean(y**2)
+
+    table = CROSSOVERS._replace(merged_channels=channels)
+    with mock.patch.object(convolution, "CROSSOVERS", table):
+        gradients: tuple[jax.Array, jax.Array] = jax.grad(loss, (0, 1))(x, weight)
+    return gradients
+
+
 def split(x: jax.Array, weight: jax.Array, geometry: Geometry) -> jax.Array:
     groups = x.shape[-1] // weight.shape[-2]
     table = CROSSOVERS._replace(split_groups=groups, grouped_terms=0)
@@ -259,6 +274,18 @@ def ladders() -> dict[str, Ladder]:
                 plain,
                 shifted_sums,
             )
+        ),
+        "merged_channels": Ladder(
+            {
+                n: partial(
+                    race,
+                    Conv(56, 3, 128, 128, groups=32),
+                    partial(gradient_of_merged, channels=n // 2),
+                    partial(gradient_of_merged, channels=n),
+                )
+                for n in (8, 16, 32)
+            },
+            most=True,
         ),
         "split_groups": Ladder(
             convs(

@@ -117,9 +117,22 @@ def test_fewer_products_with_many_channels(case, tile):
 def test_sums_of_shifted_inputs(case):
     x, weight, geometry, groups = case
     with jax.enable_x64(True):
-        expected = _plain(jnp.asarray(x), jnp.asarray(weight), geometry, groups, None)
-        y = shifted_convolve(jnp.asarray(x), jnp.asarray(weight), geometry, groups)
+        x, weight = jnp.asarray(x), jnp.asarray(weight)
+        expected = _plain(x, weight, geometry, groups, None)
+        y = shifted_convolve(x, weight, geometry, groups)
     np.testing.assert_allclose(y, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.slow
+@given(convolutions(kernels=3, most=3, groups=40))
+@settings(max_examples=20)
+def test_derivatives_of_groups(case):
+    x, weight, geometry, groups = case
+    with jax.enable_x64(True):
+        x, weight = jnp.asarray(x), jnp.asarray(weight)
+        y, pull_back = jax.vjp(lambda *args: convolve(*args, geometry, groups, None), x, weight)
+        by_plain = jax.vjp(lambda *args: _plain(*args, geometry, groups, None), x, weight)[1]
+        chex.assert_trees_all_close(pull_back(y), by_plain(y), rtol=1e-11, atol=1e-11)
 
 
 CHOSEN = Geometry((3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1))

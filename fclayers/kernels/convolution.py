@@ -3,7 +3,8 @@
 XLA's CPU backend materializes all patches of a convolution and multiplies them by the kernel. If
 the patches fit into the caches, slices and one product are faster; for many channels, fewer
 products, as in Winograd's algorithm; for few terms, sums of shifted inputs; and if the patches do
-not fit, tiles that do. Groups are convolved one by one.
+not fit, tiles that do. Groups are convolved one by one; many small ones are differentiated several
+at a time.
 """
 
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from jaxtyping import Array
 
 from fclayers._util.dtypes import accumulation_dtype
 from fclayers.kernels.crossovers import CROSSOVERS
+from fclayers.kernels.grouped import merge_groups
 from fclayers.kernels.int8 import dequantized, quantized_product
 from fclayers.kernels.product import matrix_product
 from fclayers.kernels.shifted import shifted_convolve, shifted_sums, shifted_sums_win
@@ -58,11 +60,13 @@ def _fastest(
         return plain(x, weight)
     if shifted_sums_win(x.shape, weight.shape, geometry, groups):
         in_sums = partial(shifted_convolve, geometry=geometry, groups=groups)
-        sums = partial(shifted_sums, geometry=geometry, groups=groups)
-        return _convolve_by(in_sums, sums if groups > 1 else plain, x, weight)
+        depthwise = groups > 1 and fan_out == groups == x.shape[-1]
+        formulation = shifted_sums if depthwise else partial(_in_merged_groups, precision=precision)
+        derivative = partial(formulation, geometry=geometry, groups=groups)
+        return _convolve_by(in_sums, derivative, x, weight)
     if 1 < groups <= CROSSOVERS.split_groups:
-        parts = zip(jnp.split(x, groups, -1), jnp.split(weight, groups, -1), strict=True)
-        return jnp.concatenate([_fastest(*part, geometry, 1, precision) for part in parts], -1)
+        fastest = partial(_fastest, geometry=geometry, groups=1, precision=precision)
+        return _group_by_group(fastest, x, weight, groups)
     if groups > 1:
         return plain(x, weight)
     product = partial(_product_of_patches, geometry=geometry, precision=precision)
@@ -137,6 +141,23 @@ def _plain(
         feature_group_count=groups,
         precision=precision,
     )
+
+
+def _in_merged_groups(
+    x: Array, weight: Array, geometry: Geometry, groups: int, precision: lax.PrecisionLike
+) -> Array:
+    """As `_plain`, for many small groups."""
+    weight, groups = merge_groups(weight, groups, CROSSOVERS.merged_channels)
+    # Padded by XLA's convolution, gradients take up to three times as long.
+    x = pad(x, geometry.padding, 0)
+    unpadded = geometry._replace(padding=((0, 0),) * len(geometry.padding))
+    plain = partial(_plain, geometry=unpadded, groups=1, precision=precision)
+    return _group_by_group(plain, x, weight, groups)
+
+
+def _group_by_group(formulation: Formulation, x: Array, weight: Array, groups: int) -> Array:
+    parts = zip(jnp.split(x, groups, -1), jnp.split(weight, groups, -1), strict=True)
+    return jnp.concatenate([formulation(*part) for part in parts], -1)
 
 
 def _product_of_patches(

@@ -23,6 +23,7 @@ class Crossovers(NamedTuple):
         shifted_channels: Most input channels without groups.
         shifted_features: Most output channels without groups.
         shifted_rows: Least number of outputs per channel without groups.
+        merged_channels: Channels at most of groups that are merged, in gradients of such sums.
         split_groups: Most groups with more terms, each convolved by itself.
         broadcast_window: Elements of a window at most, if the gradient of its sum is a broadcast.
         tiny_elements: A map with this many times the kernel's elements is one product.
@@ -46,6 +47,7 @@ class Crossovers(NamedTuple):
     shifted_channels: int = 3
     shifted_features: int = 64
     shifted_rows: int = 1024
+    merged_channels: int = 16
     split_groups: int = 32
     broadcast_window: int = 16
     tiny_elements: int = 2
