@@ -302,3 +302,10 @@ def test_reprs_are_short(form):
     assert len(text) < 200
     assert text.startswith("LinearParams(weight=")
     assert text.endswith("bias=f32[8])")
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(0, 5), (5, 0), (0, 0)])
+def test_integer_weights_without_elements(inputs, outputs):
+    params = fc.quantize(fc.LinearParams(jnp.ones((inputs, outputs)), jnp.arange(float(outputs))))
+    y = fc.apply_linear(params, jnp.ones((2, inputs)))
+    np.testing.assert_array_equal(y, np.tile(np.arange(outputs), (2, 1)))

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import traceback
+import warnings
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -574,3 +575,67 @@ test_error = bad_calls(BAD)
 
 if __name__ == "__main__":
     print(json.dumps(run_checks()))
+
+
+CONVS = {
+    "one channel": ((1, 40, 40, 1), (3, 3, 1, 8), 1),
+    "depthwise": ((1, 8, 8, 4), (3, 3, 1, 4), 4),
+    "groups": ((1, 8, 8, 8), (3, 3, 4, 8), 2),
+    "fewer products": ((1, 28, 28, 32), (3, 3, 32, 32), 1),
+    "fewer products in tiles": ((1, 128, 128, 64), (3, 3, 64, 64), 1),
+    "tiles": ((1, 200, 200, 24), (3, 3, 24, 24), 1),
+}
+
+
+def in_shard_map(function, *args):
+    """On a mesh of one device; what is checked is whether types vary over it as they have to."""
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
+    specs = (*[P()] * (len(args) - 1), P("data"))
+    sharded = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=P("data"))
+    return jax.jit(sharded)(*args)
+
+
+@pytest.mark.parametrize("name", CONVS)
+def test_convolutions_in_shard_map(name):
+    x_shape, weight_shape, groups = CONVS[name]
+    x, weight = jax.random.normal(KEY, x_shape), jax.random.normal(KEY, weight_shape)
+
+    def gradient(weight, x):
+        def loss(x):
+            y = fc.apply_conv(fc.ConvParams(weight, None), x, padding=1, groups=groups)
+            return (y**2).mean()
+
+        return jax.grad(loss)(x)
+
+    expected = jax.jit(gradient)(weight, x)
+    scale = np.abs(expected).max()
+    actual = in_shard_map(gradient, weight, x)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("rows", [1, 64])
+def test_integer_weights_in_shard_map(rows):
+    params = fc.quantize(fc.init_linear(KEY, 1024, 512), block_size=128)
+    x = jax.random.normal(KEY, (rows, 1024))
+    expected = fc.apply_linear(params, x)
+    np.testing.assert_allclose(
+        in_shard_map(fc.apply_linear, params, x), expected, rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_slide_in_shard_map(groups):
+    conv = fc.init_conv(KEY, (3, 3), 4, 8, groups=groups)
+
+    def network(window):
+        y = jax.nn.relu(fc.apply_conv(conv, window, padding=1, groups=groups))
+        return fc.avg_pool(y, (2, 2), padding=1).max((0, 1))
+
+    def slide(images):
+        return jax.vmap(fc.slide(network, (8, 8)))(images)
+
+    images = jax.random.normal(KEY, (2, 20, 24, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        actual = in_shard_map(slide, images)
+    np.testing.assert_allclose(actual, slide(images), rtol=1e-5, atol=1e-5)

@@ -10,8 +10,35 @@ from math import prod
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
-from jaxtyping import Array
+from jax.typing import DTypeLike
+from jaxtyping import Array, ArrayLike
+
+
+def zeros_varying_with(arrays: Sequence[Array], shape: Sequence[int], dtype: DTypeLike) -> Array:
+    """Zeros that vary, inside `jax.shard_map`, over the mesh axes that any of the arrays does.
+
+    What a loop carries has to vary from the start as its body's result does.
+    """
+    scalar = jax.eval_shape(lambda: sum(array.sum() for array in arrays))
+    return jnp.zeros_like(scalar, dtype, shape=shape)
+
+
+def vary_alike(arrays: Sequence[ArrayLike]) -> list[ArrayLike]:
+    """The operands of a primitive, which inside `jax.shard_map` have to vary over the same axes."""
+    own = [_varying_axes(array) for array in arrays]
+    axes = frozenset[str]().union(*own)
+    return [
+        array if varies == axes else lax.pcast(array, tuple(axes - varies), to="varying")
+        for array, varies in zip(arrays, own, strict=True)
+    ]
+
+
+def _varying_axes(array: ArrayLike) -> frozenset[str]:
+    varying: frozenset[str] = jax.typeof(array).manual_axis_type.varying
+    return varying
 
 
 def mesh_of(tree: Any) -> AbstractMesh | None:

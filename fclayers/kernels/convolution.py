@@ -3,8 +3,8 @@
 XLA's CPU backend materializes all patches of a convolution and multiplies them by the kernel. If
 the patches fit into the caches, slices and one product are faster; for many channels, fewer
 products, as in Winograd's algorithm; for few terms, sums of shifted inputs; and if the patches do
-not fit, tiles that do. Groups are convolved one by one; many small ones are differentiated several
-at a time.
+not fit, tiles that do. Small groups are sums of shifted inputs as well, differentiated as a few
+convolutions of merged groups; larger ones are convolved one by one.
 """
 
 from collections.abc import Callable
@@ -19,8 +19,9 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array
 
 from fclayers._util.dtypes import accumulation_dtype
+from fclayers._util.meshes import zeros_varying_with
 from fclayers.kernels.crossovers import CROSSOVERS
-from fclayers.kernels.grouped import merge_groups
+from fclayers.kernels.grouped import merge_groups, merged_groups
 from fclayers.kernels.int8 import dequantized, quantized_product
 from fclayers.kernels.product import matrix_product
 from fclayers.kernels.shifted import shifted_convolve, shifted_sums, shifted_sums_win
@@ -59,11 +60,9 @@ def _fastest(
     if not isinstance(rows, int):  # symbolic in an export
         return plain(x, weight)
     if shifted_sums_win(x.shape, weight.shape, geometry, groups):
-        in_sums = partial(shifted_convolve, geometry=geometry, groups=groups)
-        depthwise = groups > 1 and fan_out == groups == x.shape[-1]
-        formulation = shifted_sums if depthwise else partial(_in_merged_groups, precision=precision)
-        derivative = partial(formulation, geometry=geometry, groups=groups)
-        return _convolve_by(in_sums, derivative, x, weight)
+        by_sums = partial(shifted_convolve, geometry=geometry, groups=groups)
+        differentiated = _derivative_of_sums(weight.shape, geometry, groups, precision)
+        return _convolve_by(by_sums, differentiated, x, weight)
     if 1 < groups <= CROSSOVERS.split_groups:
         fastest = partial(_fastest, geometry=geometry, groups=1, precision=precision)
         return _group_by_group(fastest, x, weight, groups)
@@ -87,7 +86,7 @@ def quantized_convolve(
     x: Array, weight: Array, scale: Array, geometry: Geometry, precision: lax.PrecisionLike
 ) -> Array:
     """Convolves with an 8-bit integer kernel `(*kernel, in, out)` times `(blocks, out)` scales."""
-    matrix = weight.reshape(-1, weight.shape[-1])
+    matrix = weight.reshape(prod(weight.shape[:-1]), weight.shape[-1])
 
     def at_once(x: Array, matrix: Array, scale: Array) -> Array:
         kernel = dequantized(matrix, scale, x.dtype).reshape(weight.shape)
@@ -143,16 +142,34 @@ def _plain(
     )
 
 
+def _derivative_of_sums(
+    weight_shape: tuple[int, ...], geometry: Geometry, groups: int, precision: lax.PrecisionLike
+) -> Formulation:
+    """What is faster to differentiate than sums of shifted inputs, if they are not depthwise."""
+    if groups == 1:
+        return partial(_plain, geometry=geometry, groups=1, precision=precision)
+    fewer = merged_groups(weight_shape, groups, CROSSOVERS.merged_channels)
+    if weight_shape[-2:] == (1, groups) or fewer > CROSSOVERS.split_groups:
+        return partial(shifted_sums, geometry=geometry, groups=groups)
+    merged = partial(_in_merged_groups, geometry=geometry, groups=groups, fewer=fewer)
+    return partial(merged, precision=precision)
+
+
 def _in_merged_groups(
-    x: Array, weight: Array, geometry: Geometry, groups: int, precision: lax.PrecisionLike
+    x: Array,
+    weight: Array,
+    geometry: Geometry,
+    groups: int,
+    fewer: int,
+    precision: lax.PrecisionLike,
 ) -> Array:
-    """As `_plain`, for many small groups."""
-    weight, groups = merge_groups(weight, groups, CROSSOVERS.merged_channels)
+    """As `_plain`, in fewer groups, each a convolution of its own."""
+    weight = merge_groups(weight, groups, fewer)
     # Padded by XLA's convolution, gradients take up to three times as long.
     x = pad(x, geometry.padding, 0)
     unpadded = geometry._replace(padding=((0, 0),) * len(geometry.padding))
     plain = partial(_plain, geometry=unpadded, groups=1, precision=precision)
-    return _group_by_group(plain, x, weight, groups)
+    return _group_by_group(plain, x, weight, fewer)
 
 
 def _group_by_group(formulation: Formulation, x: Array, weight: Array, groups: int) -> Array:
@@ -197,29 +214,31 @@ def _in_tiles(x: Array, weight: Array, geometry: Geometry, precision: lax.Precis
         tile = _product_of_patches(tile, weight, unpadded, precision)
         return lax.dynamic_update_slice(y, tile, [image, start, *origin])
 
-    empty = jnp.zeros((batch, *outputs, weight.shape[-1]), x.dtype)
+    empty = zeros_varying_with((x, weight), (batch, *outputs, weight.shape[-1]), x.dtype)
     y: Array = lax.fori_loop(0, batch * num_tiles, add_tile, empty)
     return y
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _convolve_by(formulation: Formulation, other: Formulation, x: Array, weight: Array) -> Array:
-    """Convolves by one formulation; derivatives are those of the other."""
+def _convolve_by(
+    formulation: Formulation, differentiated: Formulation, x: Array, weight: Array
+) -> Array:
+    """`formulation(x, weight)`; derivatives are those of `differentiated`."""
     return formulation(x, weight)
 
 
 @partial(_convolve_by.defjvp, symbolic_zeros=True)
 def _convolve_by_jvp(
     formulation: Formulation,
-    other: Formulation,
+    differentiated: Formulation,
     primals: tuple[Array, Array],
     tangents: tuple[Array | SymbolicZero, Array | SymbolicZero],
 ) -> tuple[Array, Array]:
     (x, weight), (x_dot, weight_dot) = primals, tangents
-    y = _convolve_by(formulation, other, x, weight)
+    y = _convolve_by(formulation, differentiated, x, weight)
     y_dot = jnp.zeros_like(y)
     if not isinstance(x_dot, SymbolicZero):
-        y_dot += other(x_dot, weight)
+        y_dot += differentiated(x_dot, weight)
     if not isinstance(weight_dot, SymbolicZero):
-        y_dot += other(x, weight_dot)
+        y_dot += differentiated(x, weight_dot)
     return y, y_dot

@@ -13,7 +13,7 @@ class Crossovers(NamedTuple):
     Attributes:
         large_patches: Bytes of patches above which a direct convolution runs in tiles.
         tile_patches: Bytes of patches of such a tile.
-        least_patches: Bytes of patches at least that are made and multiplied at once.
+        least_patches: Least bytes of patches that are made and multiplied at once.
         product_patches: Bytes of them at most.
         product_terms: Most terms of an output for it.
         product_features: Least number of output channels for it.
@@ -23,8 +23,8 @@ class Crossovers(NamedTuple):
         shifted_channels: Most input channels without groups.
         shifted_features: Most output channels without groups.
         shifted_rows: Least number of outputs per channel without groups.
-        merged_channels: Channels at most of groups that are merged, in gradients of such sums.
-        split_groups: Most groups with more terms, each convolved by itself.
+        merged_channels: Most channels of a merged group, in derivatives of such sums.
+        split_groups: Most groups that are convolved one by one.
         broadcast_window: Elements of a window at most, if the gradient of its sum is a broadcast.
         tiny_elements: A map with this many times the kernel's elements is one product.
         tiny_weights: Elements of that product's matrix at most.

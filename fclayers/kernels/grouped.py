@@ -1,19 +1,24 @@
-"""Grouped convolutions in fewer groups: XLA's CPU backend is far slower for many small ones."""
+"""Merges small groups of a convolution, of which XLA's CPU backend is slow to run many."""
 
 import jax.numpy as jnp
 from jaxtyping import Array
 
 
-def merge_groups(weight: Array, groups: int, channels: int) -> tuple[Array, int]:
-    """A kernel `(*kernel, in, groups * out)` of fewer groups, zero between those it merges.
+def merged_groups(weight_shape: tuple[int, ...], groups: int, channels: int) -> int:
+    """How many groups are left if groups are merged up to `channels` inputs and outputs."""
+    *_, inputs, features = weight_shape
+    most = max(1, channels // max(1, inputs, features // groups))
+    return groups // max(n for n in range(1, min(groups, most) + 1) if groups % n == 0)
 
-    Groups of the result have at most `channels` inputs and outputs, unless they had more before.
+
+def merge_groups(weight: Array, groups: int, fewer: int) -> Array:
+    """The kernel of the same convolution in fewer groups: zero between those that are merged.
+
+    From `(*kernel, in, groups * out)` to `(*kernel, groups // fewer * in, groups * out)`.
     """
     *kernel, inputs, features = weight.shape
-    outputs = features // groups
-    most = max(1, channels // max(1, inputs, outputs))
-    merged = max(n for n in range(1, min(groups, most) + 1) if groups % n == 0)
-    parts = weight.reshape(*kernel, 1, inputs, groups // merged, merged, outputs)
-    own = jnp.eye(merged, dtype=bool)[:, None, None, :, None]
-    spread = jnp.where(own, parts, 0)
-    return spread.reshape(*kernel, merged * inputs, features), groups // merged
+    merged, outputs = groups // fewer, features // groups
+    parts = weight.reshape(*kernel, 1, inputs, fewer, merged, outputs)
+    same_group = jnp.eye(merged, dtype=bool)[:, None, None, :, None]
+    merged_weight = jnp.where(same_group, parts, 0)
+    return merged_weight.reshape(*kernel, merged * inputs, features)

@@ -5,6 +5,7 @@ rows at a time stay in the caches, so a quarter of the bytes of a float32 matrix
 """
 
 from functools import partial
+from math import prod
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int8, Num
 
 from fclayers._util.dtypes import accumulation_dtype
+from fclayers._util.meshes import zeros_varying_with
 from fclayers.kernels.product import matrix_product
 
 # From this size on, a longer program pays off for one or two rows.
@@ -57,7 +59,7 @@ def _at_once(x: Array, weight: Array, scale: Array, precision: lax.PrecisionLike
 
 
 def _in_tiles(x: Array, weight: Array, scale: Array, precision: lax.PrecisionLike) -> Array:
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(prod(x.shape[:-1]), x.shape[-1])
     y = _sum_of_tiles(rows, weight, scale, precision)
     return y.reshape(*x.shape[:-1], weight.shape[1])
 
@@ -85,7 +87,8 @@ def _sum_of_tiles(x: Array, weight: Array, scale: Array, precision: lax.Precisio
             return _sum_of_rows(part, tile, scales)
         return _at_once(part, tile, scales, precision)
 
-    y: Array = jnp.zeros((rows, outputs), accumulation_dtype(x.dtype) or x.dtype)
+    wide = accumulation_dtype(x.dtype) or x.dtype
+    y = zeros_varying_with((x, weight, scale), (rows, outputs), wide)
     if num_tiles:
         y = lax.fori_loop(0, num_tiles, lambda i, y: y + tile_product(i * tile_size, tile_size), y)
     return y + tile_product(inputs - rest, rest) if rest else y

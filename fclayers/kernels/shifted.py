@@ -37,7 +37,7 @@ def shifted_convolve(x: Array, weight: Array, geometry: Geometry, groups: int) -
 
 
 def shifted_sums(x: Array, weight: Array, geometry: Geometry, groups: int) -> Array:
-    """The same, which XLA may fuse into what reads it."""
+    """As `shifted_convolve`, but XLA may fuse the result into what reads it."""
     ndim = len(geometry.kernel)
     shifted = [pad(x, geometry.padding, 0)]
     for i in range(ndim):

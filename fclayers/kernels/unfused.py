@@ -16,7 +16,7 @@ from jaxtyping import Array
 def unfused(fun: Callable[[Array, Array], Array], x: Array, weight: Array) -> Array:
     """`fun(x, weight)`, in a branch that is always taken: XLA does not fuse across branches."""
     y = jax.eval_shape(fun, x, weight)
-    # XLA removes branches by constants, but barriers only after that.
+    # XLA inlines a branch whose condition is constant, and removes the barrier only after that.
     always = lax.optimization_barrier(jnp.asarray(True))  # type: ignore[no-untyped-call]
-    result: Array = lax.cond(always, fun, lambda *_: jnp.zeros(y.shape, y.dtype), x, weight)
+    result: Array = lax.cond(always, fun, lambda *_: jnp.zeros_like(y), x, weight)
     return result

@@ -45,8 +45,9 @@ def unrolled_convolve(
         precision=lax.Precision.HIGHEST,
     )
     fan_in, fan_out = prod(spatial) * x.shape[-1], prod(outputs) * weight.shape[-1]
-    y = matrix_product(x.reshape(-1, fan_in), matrix.reshape(fan_in, fan_out), precision)
-    return y.reshape(-1, *outputs, weight.shape[-1])
+    rows = x.reshape(x.shape[0], fan_in)
+    y = matrix_product(rows, matrix.reshape(fan_in, fan_out), precision)
+    return y.reshape(x.shape[0], *outputs, weight.shape[-1])
 
 
 def _hits(

@@ -149,7 +149,7 @@ def _map_strips(
             for whole, part in zip(wholes, parts, strict=True)
         ]
 
-    empty = [lax.full(result.shape, 0, result.dtype) for result in results]
+    empty = [jnp.zeros_like(result) for result in results]
     mapped: list[Array] = lax.fori_loop(0, len(corners), add_strip, empty)
     return mapped
 

@@ -132,8 +132,8 @@ def _axes(weight: Int8, in_ndim: int) -> Int8:
 
 
 def _flat(weight: Int8) -> Int8:
-    scale = as_matrix(weight.scale, 1)
-    return Int8(weight.values.reshape(-1, scale.shape[1]), scale)
+    in_ndim = weight.values.ndim - weight.scale.ndim + 1
+    return Int8(as_matrix(weight.values, in_ndim), as_matrix(weight.scale, 1))
 
 
 def _dense(weight: Int8, in_ndim: int) -> Array:
