@@ -430,6 +430,38 @@ def check_what_does_not_divide_is_named():
         ]
 
 
+def in_shard_map(function, *args, devices=1):
+    """With the last argument sharded; on one device, types vary over the mesh as on several."""
+    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
+    specs = (*[P()] * (len(args) - 1), P("data"))
+    sharded = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=P("data"))
+    return jax.jit(sharded)(*args)
+
+
+def squares(params, x):
+    return (fc.apply_mlp(params, x) ** 2).sum()
+
+
+HEAD = fc.init_linear(KEY, 12, 50)
+OF_ROWS = {
+    "loss in chunks": lambda params, x: fc.linear_cross_entropy(
+        HEAD, x, jnp.zeros(len(x), int), chunk_size=16, row_chunk_size=2
+    ),
+    "norms": fc.per_example_norms(squares),
+    "kernel matrix": lambda params, x: fc.empirical_ntk(fc.apply_mlp)(params, x, x),
+    "clipped sum": lambda params, x: jax.tree.leaves(fc.clipped_grad(squares, 1.0)(params, x))[0],
+}
+
+
+def check_functions_of_rows_in_shard_map():
+    """Every device has its examples, and the same parameters."""
+    params, x = fc.init_mlp(KEY, [12, 8, 3]), jax.random.normal(KEY, (16, 12))
+    for function in OF_ROWS.values():
+        expected = np.concatenate([function(params, part) for part in np.split(x, 8)])
+        actual = in_shard_map(function, params, x, devices=8)
+        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+
+
 def run_checks():
     outcomes = {}
     for name, check in CHECKS.items():
@@ -587,14 +619,6 @@ CONVS = {
 }
 
 
-def in_shard_map(function, *args):
-    """On a mesh of one device; what is checked is whether types vary over it as they have to."""
-    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
-    specs = (*[P()] * (len(args) - 1), P("data"))
-    sharded = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=P("data"))
-    return jax.jit(sharded)(*args)
-
-
 @pytest.mark.parametrize("name", CONVS)
 def test_convolutions_in_shard_map(name):
     x_shape, weight_shape, groups = CONVS[name]
@@ -621,6 +645,14 @@ def test_integer_weights_in_shard_map(rows):
     np.testing.assert_allclose(
         in_shard_map(fc.apply_linear, params, x), expected, rtol=1e-4, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("name", OF_ROWS)
+def test_functions_of_rows_in_shard_map(name):
+    params, x = fc.init_mlp(KEY, [12, 8, 3]), jax.random.normal(KEY, (6, 12))
+    expected = OF_ROWS[name](params, x)
+    actual = in_shard_map(OF_ROWS[name], params, x)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("groups", [1, 4])

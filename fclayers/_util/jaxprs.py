@@ -8,7 +8,7 @@ import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 from jaxtyping import Array, ArrayLike
 
-from fclayers._util.meshes import vary_alike
+from fclayers._util.meshes import varying_with
 
 AnyJaxpr = Jaxpr | ClosedJaxpr
 
@@ -29,7 +29,7 @@ _CALLS = {
 def bind(eqn: JaxprEqn, *arrays: ArrayLike, **changed: object) -> list[Array]:
     """Runs an equation's primitive on other arrays, with some parameters changed."""
     params = eqn.primitive.get_bind_params(eqn.params | changed)  # type: ignore[no-untyped-call]
-    results = eqn.primitive.bind(*vary_alike(arrays), **params)  # type: ignore[no-untyped-call]
+    results = eqn.primitive.bind(*varying_with((), list(arrays)), **params)  # type: ignore[no-untyped-call]
     return list(results) if eqn.primitive.multiple_results else [results]
 
 

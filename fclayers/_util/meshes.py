@@ -7,38 +7,35 @@ result follows from the arguments.
 
 from collections.abc import Callable, Sequence
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
-from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike
 
+Tree = TypeVar("Tree")
 
-def zeros_varying_with(arrays: Sequence[Array], shape: Sequence[int], dtype: DTypeLike) -> Array:
-    """Zeros that vary, inside `jax.shard_map`, over the mesh axes that any of the arrays does.
 
-    What a loop carries has to vary from the start as its body's result does.
+def varying_with(others: Any, tree: Tree) -> Tree:
+    """A tree whose arrays vary over the mesh axes of `jax.shard_map` that any of the others does.
+
+    There the operands of a primitive have to vary over the same axes, and what a loop carries has
+    to vary from the start as its body's result does.
     """
-    scalar = jax.eval_shape(lambda: sum(array.sum() for array in arrays))
-    return jnp.zeros_like(scalar, dtype, shape=shape)
+    axes = frozenset[str]().union(*map(_varying_axes, jax.tree.leaves((others, tree))))
 
+    def vary(array: ArrayLike) -> ArrayLike:
+        missing = tuple(axes - _varying_axes(array))
+        return lax.pcast(array, missing, to="varying") if missing else array
 
-def vary_alike(arrays: Sequence[ArrayLike]) -> list[ArrayLike]:
-    """The operands of a primitive, which inside `jax.shard_map` have to vary over the same axes."""
-    own = [_varying_axes(array) for array in arrays]
-    axes = frozenset[str]().union(*own)
-    return [
-        array if varies == axes else lax.pcast(array, tuple(axes - varies), to="varying")
-        for array, varies in zip(arrays, own, strict=True)
-    ]
+    varying: Tree = jax.tree.map(vary, tree) if axes else tree
+    return varying
 
 
 def _varying_axes(array: ArrayLike) -> frozenset[str]:
-    varying: frozenset[str] = jax.typeof(array).manual_axis_type.varying
-    return varying
+    axes: frozenset[str] = jax.typeof(array).manual_axis_type.varying
+    return axes
 
 
 def mesh_of(tree: Any) -> AbstractMesh | None:

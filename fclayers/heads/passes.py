@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, PyTree
 
 from fclayers._util.dtypes import accumulation_dtype
+from fclayers._util.meshes import varying_with
 from fclayers.heads.chunks import Grid, walk
 from fclayers.heads.label_functions import Traced, call_labels
 from fclayers.heads.statistics import Statistic, Tile
@@ -128,6 +129,7 @@ def _walk(step: Any, settings: Settings, operands: Operands, value: PyTree, carr
         )
         return part[0]._replace(heads=heads, classes=classes, labels=labels), part[1]
 
+    carry = varying_with(operands, carry)
     return walk(step, settings.grid, (operands, value), names, carry, of_columns=of_columns)
 
 

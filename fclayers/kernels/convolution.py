@@ -19,7 +19,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array
 
 from fclayers._util.dtypes import accumulation_dtype
-from fclayers._util.meshes import zeros_varying_with
+from fclayers._util.meshes import varying_with
 from fclayers.kernels.crossovers import CROSSOVERS
 from fclayers.kernels.grouped import merge_groups, merged_groups
 from fclayers.kernels.int8 import dequantized, quantized_product
@@ -214,7 +214,8 @@ def _in_tiles(x: Array, weight: Array, geometry: Geometry, precision: lax.Precis
         tile = _product_of_patches(tile, weight, unpadded, precision)
         return lax.dynamic_update_slice(y, tile, [image, start, *origin])
 
-    empty = zeros_varying_with((x, weight), (batch, *outputs, weight.shape[-1]), x.dtype)
+    empty = jnp.zeros((batch, *outputs, weight.shape[-1]), x.dtype)
+    empty = varying_with((x, weight), empty)
     y: Array = lax.fori_loop(0, batch * num_tiles, add_tile, empty)
     return y
 

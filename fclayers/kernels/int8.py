@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int8, Num
 
 from fclayers._util.dtypes import accumulation_dtype
-from fclayers._util.meshes import zeros_varying_with
+from fclayers._util.meshes import varying_with
 from fclayers.kernels.product import matrix_product
 
 # From this size on, a longer program pays off for one or two rows.
@@ -87,8 +87,8 @@ def _sum_of_tiles(x: Array, weight: Array, scale: Array, precision: lax.Precisio
             return _sum_of_rows(part, tile, scales)
         return _at_once(part, tile, scales, precision)
 
-    wide = accumulation_dtype(x.dtype) or x.dtype
-    y = zeros_varying_with((x, weight, scale), (rows, outputs), wide)
+    y: Array = jnp.zeros((rows, outputs), accumulation_dtype(x.dtype) or x.dtype)
+    y = varying_with((x, weight, scale), y)
     if num_tiles:
         y = lax.fori_loop(0, num_tiles, lambda i, y: y + tile_product(i * tile_size, tile_size), y)
     return y + tile_product(inputs - rest, rest) if rest else y

@@ -22,7 +22,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
-from fclayers._util.meshes import zeros_varying_with
+from fclayers._util.meshes import varying_with
 from fclayers.kernels.crossovers import CROSSOVERS
 from fclayers.kernels.windows import Geometry, pad, positions
 
@@ -159,7 +159,8 @@ def _convolve(x: Array, weight: Array, axes: tuple[_Axis, ...]) -> Array:
         tile = lax.dynamic_slice(x, origin, (images, in_rows, x.shape[2], channels))
         return lax.dynamic_update_slice(y, one_tile(tile)[:, :out_rows], origin)
 
-    empty = zeros_varying_with((x, weight), (batch, height, width, features), x.dtype)
+    empty = jnp.zeros((batch, height, width, features), x.dtype)
+    empty = varying_with((x, weight), empty)
     y: Array = lax.fori_loop(0, rows_tiles * image_tiles, add_tile, empty)
     return y
 

@@ -9,6 +9,7 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, PyTree
 
 from fclayers._util.jaxprs import aval, bind
+from fclayers._util.meshes import varying_with
 from fclayers.per_example.program import Loop, Node, Program, Site, Steps
 
 Arrays = dict[int, Array]
@@ -70,7 +71,7 @@ def capture(
     gradients are the cotangents. The parameters are not differentiated.
     """
     num_leaves = len(program.shapes)
-    zeros = {site.number: _zeros(site) for site in sites}
+    zeros = varying_with(batch, {site.number: _zeros(site) for site in sites})
     zeros_of_values = {name: jnp.zeros_like(known[name]) for name in formed}
 
     def run_example(example: Sequence[Array]) -> Captured:
@@ -94,6 +95,7 @@ def capture(
 def pull_back_each(pull_back: Callable[[Array], Any], out: Array) -> Any:
     """The gradients of every element of a result, along a first axis."""
     basis = jnp.eye(out.size, dtype=out.dtype).reshape(out.size, *out.shape)
+    basis = varying_with(out, basis)
     return jax.vmap(pull_back)(basis)
 
 

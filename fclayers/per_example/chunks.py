@@ -63,6 +63,6 @@ def sum_chunks(
     rest = jax.tree.map(lambda a: a[full:], examples)
     parts = jax.tree.map(lambda a: a[:full].reshape(-1, chunk, *a.shape[1:]), examples)
     shapes = jax.eval_shape(fun, jax.tree.map(lambda a: a[0], parts))
-    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+    zeros = jax.tree.map(lambda a: jnp.zeros_like(a), shapes)
     total, _ = lax.scan(add, zeros, parts)
     return total if full == count else jax.tree.map(jnp.add, total, fun(rest))

@@ -10,6 +10,7 @@ from jaxtyping import Array, PyTree
 
 from fclayers._util.checks import describe
 from fclayers._util.errors import BadType, BadValue
+from fclayers._util.meshes import varying_with
 from fclayers._util.trees import path_name
 from fclayers.per_example.program import Program, take_apart
 
@@ -44,6 +45,8 @@ def pose(fun: Fun, params: PyTree, batch: PyTree, *, scalar: bool) -> tuple[Prob
     arrays, batch_structure = jax.tree.flatten(batch)
     count_examples(batch)
     arrays = [array if hasattr(array, "dtype") else jnp.asarray(array) for array in arrays]
+    # Inside `jax.shard_map`, gradients of what is the same on all devices are sums over them.
+    leaves, arrays = varying_with((), (leaves, arrays))
     one = [jax.eval_shape(lambda a: a[0], array) for array in arrays]
 
     def flat(leaves: Sequence[Array], example: Sequence[Array]) -> Any:
