@@ -1,7 +1,7 @@
 """Values in pieces: segments of a window axis that lie differently.
 
 Padding changes only what lies near the border of a window. Behind a padded convolution, the first
-and the last elements differ from window to window, and the middle is shared between neighbours. A
+and the last elements differ from window to window, and the middle is shared between neighbors. A
 value in pieces has its dimensions cut into segments; a block, one segment of every dimension, is a
 `Value`. Along two window axes that is nine blocks: the interior, whose array has one element per
 pixel, four edges and four corners, which have position axes.

@@ -230,7 +230,7 @@ def common_sizes(dims: Sequence[tuple[Cuts, ...]]) -> list[int]:
 
 
 def _common_regions(values: Sequence[Pieces], factor: int) -> list[tuple[Region, ...]]:
-    """For every new segment, the region of each value; plain neighbours become one segment."""
+    """For every new segment, the region of each value; plain neighbors become one segment."""
     cuts = [p.factors[factor] for p in values]
     kinds = [
         [kind(p, factor, i) for i in range(len(own))] for p, own in zip(values, cuts, strict=True)

@@ -34,19 +34,19 @@ def slide(
 ) -> Callable[..., PyTree[Array]]:
     """Makes a function that evaluates `fun` at every window of a larger image.
 
-    It is `vmap` over overlapping windows: what neighbouring windows have in common is computed
+    It is `vmap` over overlapping windows: what neighboring windows have in common is computed
     once. A network for a fixed window becomes one for images of any size, padding, pools, strides
     and upsampling included, with exactly the results of the windows cut out.
 
     Args:
         fun: A function `fun(*args, window)` of any JAX operations that returns arrays.
         window_shape: Size of the window along each window axis, one to three of them.
-        stride: Pixels between neighbouring windows, an integer or one per window axis.
+        stride: Pixels between neighboring windows, an integer or one per window axis.
         axes: The window axes of the image, in the order of `window_shape`. Default: the leading
             ones.
         edges: What padding inside `fun` means. `"window"`: it pads each window; only what lies near
             the windows' borders is computed for each of them. `"image"`: it pads the image, and
-            windows see their neighbours, as in a fully convolutional network.
+            windows see their neighbors, as in a fully convolutional network.
 
     Returns:
         A function `g(*args, image)` with, for every position and for `"window"` edges,

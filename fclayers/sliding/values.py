@@ -106,7 +106,7 @@ def axis_of(atom: Atom) -> int:
 
 
 def step(grid: Grid, atom: Atom) -> Fraction:
-    """Pixels between neighbours along a window atom's axis in the array."""
+    """Pixels between neighbors along a window atom's axis in the array."""
     stride, pitch = grid.stride[axis_of(atom)], Fraction(atom.pitch)
     return Fraction(gcd(stride * pitch.denominator, pitch.numerator), pitch.denominator)
 
