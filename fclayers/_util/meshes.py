@@ -1,8 +1,9 @@
-"""Layers on meshes with explicit axes.
+"""Layers on meshes with explicit axes, and inside `jax.shard_map`.
 
-There the sharding of an array is part of its type, and JAX raises an error for products and
-reshapes whose sharding is ambiguous. Inside a layer the compiler decides; the sharding of the
-result follows from the arguments.
+With explicit axes, the sharding of an array is part of its type, and JAX raises an error for
+products and reshapes whose sharding is ambiguous. Inside a layer the compiler decides; the sharding
+of the result follows from the arguments. Inside `jax.shard_map`, the axes over which an array
+varies are part of its type.
 """
 
 from collections.abc import Callable, Sequence
