@@ -208,7 +208,7 @@ def _in_tiles(x: Array, weight: Array, geometry: Geometry, precision: lax.Precis
     origin = [0] * len(outputs)
 
     def add_tile(i: Array, y: Array) -> Array:
-        image, start = i // num_tiles, jnp.asarray(starts)[i % num_tiles]
+        image, start = lax.div(i, num_tiles), jnp.asarray(starts)[lax.rem(i, num_tiles)]
         shape = (1, (rows - 1) * stride + reach, *x.shape[2:])
         tile = lax.dynamic_slice(x, [image, start * stride, *origin], shape)
         tile = _product_of_patches(tile, weight, unpadded, precision)

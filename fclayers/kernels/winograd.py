@@ -154,8 +154,8 @@ def _convolve(x: Array, weight: Array, axes: tuple[_Axis, ...]) -> Array:
     in_rows = out_rows + (rows.kernel - 1) * rows.dilation
 
     def add_tile(i: Array, y: Array) -> Array:
-        image = jnp.asarray(first_images)[i // rows_tiles]
-        origin: list[Array | int] = [image, jnp.asarray(first_rows)[i % rows_tiles], 0, 0]
+        image = jnp.asarray(first_images)[lax.div(i, rows_tiles)]
+        origin: list[Array | int] = [image, jnp.asarray(first_rows)[lax.rem(i, rows_tiles)], 0, 0]
         tile = lax.dynamic_slice(x, origin, (images, in_rows, x.shape[2], channels))
         return lax.dynamic_update_slice(y, one_tile(tile)[:, :out_rows], origin)
 
