@@ -23,7 +23,6 @@ from fclayers._util.initial import draw, symmetric_uniform
 from fclayers._util.jit import jit
 from fclayers._util.meshes import on_any_mesh, spec_of
 from fclayers._util.reprs import short_repr
-from fclayers.kernels.product import add_bias
 from fclayers.kernels.windows import Padding, make_geometry
 from fclayers.weights.form import (
     Shape,
@@ -168,8 +167,9 @@ def apply_conv(
 
     def apply(params: ConvParams, x: Array) -> Array:
         x = x.reshape(prod(batch_shape), *x.shape[len(batch_shape) :]).astype(dtype)
-        y = convolve(params.weight, x, geometry, groups, precision)
-        return add_bias(y.reshape(*batch_shape, *y.shape[1:]), params.bias, dtype)
+        bias = None if params.bias is None else params.bias.astype(dtype)
+        y = convolve(params.weight, x, geometry, groups, precision, bias)
+        return y.reshape(*batch_shape, *y.shape[1:]).astype(dtype)
 
     def sharding() -> tuple[object, ...]:
         return *spec_of(x)[:-1], *output_spec(params.weight, len(kernel) + 1)

@@ -23,63 +23,78 @@ from fclayers._util.meshes import varying_with
 from fclayers.kernels.crossovers import CROSSOVERS
 from fclayers.kernels.grouped import merge_groups, merged_groups
 from fclayers.kernels.int8 import dequantized, quantized_product
-from fclayers.kernels.product import matrix_product
+from fclayers.kernels.product import Tangent, add_bias, matrix_product
 from fclayers.kernels.shifted import shifted_convolve, shifted_sums, shifted_sums_win
 from fclayers.kernels.windows import Geometry, pad, positions, taps
 from fclayers.kernels.winograd import winograd_convolve, winograd_wins
 
-Formulation = Callable[[Array, Array], Array]
+Formulation = Callable[..., Array]
 
 
 def convolve(
-    x: Array, weight: Array, geometry: Geometry, groups: int, precision: lax.PrecisionLike
+    x: Array,
+    weight: Array,
+    geometry: Geometry,
+    groups: int,
+    precision: lax.PrecisionLike,
+    bias: Array | None = None,
 ) -> Array:
-    """Convolves `(N, *spatial, in)` with `(*kernel, in // groups, out)`.
+    """Convolves `(N, *spatial, in)` with `(*kernel, in // groups, out)`, and adds a bias `(out,)`.
 
     The result of half precision is in float32.
     """
     wide = jnp.dtype(accumulation_dtype(x.dtype) or x.dtype)
+    if bias is not None:
+        bias = bias.astype(wide)
 
-    def on_accelerators(x: Array, weight: Array) -> Array:
-        return _plain(x, weight, geometry, groups, precision).astype(wide)
+    def on_accelerators(x: Array, weight: Array, bias: Array | None) -> Array:
+        y = _plain(x, weight, geometry, groups, precision).astype(wide)
+        return add_bias(y, bias, wide)
 
-    def on_cpu(x: Array, weight: Array) -> Array:
-        return _fastest(x.astype(wide), weight.astype(wide), geometry, groups, precision)
+    def on_cpu(x: Array, weight: Array, bias: Array | None) -> Array:
+        return _fastest(x.astype(wide), weight.astype(wide), geometry, groups, precision, bias)
 
-    y: Array = lax.platform_dependent(x, weight, cpu=on_cpu, default=on_accelerators)
+    y: Array = lax.platform_dependent(x, weight, bias, cpu=on_cpu, default=on_accelerators)
     return y
 
 
 def _fastest(
-    x: Array, weight: Array, geometry: Geometry, groups: int, precision: lax.PrecisionLike
+    x: Array,
+    weight: Array,
+    geometry: Geometry,
+    groups: int,
+    precision: lax.PrecisionLike,
+    bias: Array | None = None,
 ) -> Array:
     """Convolves in the formulation that is fastest on CPUs."""
     plain = partial(_plain, geometry=geometry, groups=groups, precision=precision)
+    finish = partial(add_bias, bias=bias, dtype=x.dtype)
     rows = x.shape[0] * prod(positions(x.shape[1:-1], geometry))
     fan_in, fan_out = prod(weight.shape[:-1]), weight.shape[-1]
     if not isinstance(rows, int):  # symbolic in an export
-        return plain(x, weight)
+        return finish(plain(x, weight))
     if shifted_sums_win(x.shape, weight.shape, geometry, groups):
         by_sums = partial(shifted_convolve, geometry=geometry, groups=groups)
         differentiated = _derivative_of_sums(weight.shape, geometry, groups, precision)
-        return _convolve_by(by_sums, differentiated, x, weight)
+        return _convolve_by(by_sums, differentiated, x, weight, bias)
     if 1 < groups <= CROSSOVERS.split_groups:
         fastest = partial(_fastest, geometry=geometry, groups=1, precision=precision)
-        return _group_by_group(fastest, x, weight, groups)
+        return finish(_group_by_group(fastest, x, weight, groups))
     if groups > 1:
-        return plain(x, weight)
+        return finish(plain(x, weight))
     product = partial(_product_of_patches, geometry=geometry, precision=precision)
     if prod(geometry.kernel) == 1 or rows <= fan_out:
-        return product(x, weight)
+        return product(x, weight, bias=bias)
     if _may_round(x.dtype, precision) and winograd_wins(x.shape, weight.shape, geometry):
-        return _convolve_by(partial(winograd_convolve, geometry=geometry), plain, x, weight)
+        by_winograd = partial(winograd_convolve, geometry=geometry)
+        return _convolve_by(by_winograd, plain, x, weight, bias)
     patches = rows * fan_in * x.dtype.itemsize
     if patches > CROSSOVERS.large_patches:
         in_tiles = partial(_in_tiles, geometry=geometry, precision=precision)
-        return _convolve_by(in_tiles, plain, x, weight)
+        return _convolve_by(in_tiles, plain, x, weight, bias)
     if x.dtype == jnp.float32 and _product_wins(fan_in, fan_out, patches, geometry):
-        return _convolve_by(product, plain, x, weight)
-    return plain(x, weight)
+        return _convolve_by(product, plain, x, weight, bias)
+    return finish(plain(x, weight))
 
 
 def quantized_convolve(
@@ -178,10 +193,14 @@ def _group_by_group(formulation: Formulation, x: Array, weight: Array, groups: i
 
 
 def _product_of_patches(
-    x: Array, weight: Array, geometry: Geometry, precision: lax.PrecisionLike
+    x: Array,
+    weight: Array,
+    geometry: Geometry,
+    precision: lax.PrecisionLike,
+    bias: Array | None = None,
 ) -> Array:
     matrix = weight.reshape(prod(weight.shape[:-1]), weight.shape[-1])
-    return matrix_product(_patches(x, geometry), matrix, precision)
+    return add_bias(matrix_product(_patches(x, geometry), matrix, precision), bias, x.dtype)
 
 
 def _patches(x: Array, geometry: Geometry) -> Array:
@@ -193,7 +212,13 @@ def _patches(x: Array, geometry: Geometry) -> Array:
     return x.reshape(*x.shape[: ndim + 1], prod(geometry.kernel) * x.shape[-1])
 
 
-def _in_tiles(x: Array, weight: Array, geometry: Geometry, precision: lax.PrecisionLike) -> Array:
+def _in_tiles(
+    x: Array,
+    weight: Array,
+    geometry: Geometry,
+    precision: lax.PrecisionLike,
+    bias: Array | None = None,
+) -> Array:
     """One product of patches after the other, for some rows of the first spatial axis each."""
     batch, outputs = x.shape[0], positions(x.shape[1:-1], geometry)
     x = pad(x, geometry.padding, 0)
@@ -211,35 +236,41 @@ def _in_tiles(x: Array, weight: Array, geometry: Geometry, precision: lax.Precis
         image, start = lax.div(i, num_tiles), jnp.asarray(starts)[lax.rem(i, num_tiles)]
         shape = (1, (rows - 1) * stride + reach, *x.shape[2:])
         tile = lax.dynamic_slice(x, [image, start * stride, *origin], shape)
-        tile = _product_of_patches(tile, weight, unpadded, precision)
+        tile = _product_of_patches(tile, weight, unpadded, precision, bias)
         return lax.dynamic_update_slice(y, tile, [image, start, *origin])
 
     empty = jnp.zeros((batch, *outputs, weight.shape[-1]), x.dtype)
-    empty = varying_with((x, weight), empty)
+    empty = varying_with((x, weight, bias), empty)
     y: Array = lax.fori_loop(0, batch * num_tiles, add_tile, empty)
     return y
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _convolve_by(
-    formulation: Formulation, differentiated: Formulation, x: Array, weight: Array
+    formulation: Formulation,
+    differentiated: Formulation,
+    x: Array,
+    weight: Array,
+    bias: Array | None,
 ) -> Array:
-    """`formulation(x, weight)`; derivatives are those of `differentiated`."""
-    return formulation(x, weight)
+    """`formulation(x, weight)` plus a bias; derivatives are those of `differentiated`."""
+    return formulation(x, weight, bias=bias)
 
 
 @partial(_convolve_by.defjvp, symbolic_zeros=True)
 def _convolve_by_jvp(
     formulation: Formulation,
     differentiated: Formulation,
-    primals: tuple[Array, Array],
-    tangents: tuple[Array | SymbolicZero, Array | SymbolicZero],
+    primals: tuple[Array, Array, Array | None],
+    tangents: tuple[Tangent, Tangent, Tangent | None],
 ) -> tuple[Array, Array]:
-    (x, weight), (x_dot, weight_dot) = primals, tangents
-    y = _convolve_by(formulation, differentiated, x, weight)
+    (x, weight, bias), (x_dot, weight_dot, bias_dot) = primals, tangents
+    y = _convolve_by(formulation, differentiated, x, weight, bias)
     y_dot = jnp.zeros_like(y)
     if not isinstance(x_dot, SymbolicZero):
         y_dot += differentiated(x_dot, weight)
     if not isinstance(weight_dot, SymbolicZero):
         y_dot += differentiated(x, weight_dot)
+    if not isinstance(bias_dot, SymbolicZero | None):
+        y_dot += bias_dot
     return y, y_dot

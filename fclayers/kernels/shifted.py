@@ -4,13 +4,13 @@ XLA's CPU backend runs depthwise and grouped convolutions, and those of one to t
 below the speed of its elementwise operations, which is what such a sum is.
 """
 
-from functools import partial
 from math import prod
 
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from fclayers.kernels.crossovers import CROSSOVERS
+from fclayers.kernels.product import add_bias
 from fclayers.kernels.unfused import unfused
 from fclayers.kernels.windows import Geometry, pad, positions, taps
 
@@ -31,13 +31,19 @@ def shifted_sums_win(
     )
 
 
-def shifted_convolve(x: Array, weight: Array, geometry: Geometry, groups: int) -> Array:
-    """Convolves `(N, *spatial, in)` with `(*kernel, in // groups, out)`."""
-    return unfused(partial(shifted_sums, geometry=geometry, groups=groups), x, weight)
+def shifted_convolve(
+    x: Array, weight: Array, geometry: Geometry, groups: int, bias: Array | None = None
+) -> Array:
+    """Convolves `(N, *spatial, in)` with `(*kernel, in // groups, out)`, and adds a bias."""
+
+    def with_bias(x: Array, weight: Array, bias: Array | None) -> Array:
+        return add_bias(shifted_sums(x, weight, geometry, groups), bias, x.dtype)
+
+    return unfused(with_bias, x, weight, bias)
 
 
 def shifted_sums(x: Array, weight: Array, geometry: Geometry, groups: int) -> Array:
-    """As `shifted_convolve`, but XLA may fuse the result into what reads it."""
+    """As `shifted_convolve` without a bias, but XLA may fuse the result into what reads it."""
     ndim = len(geometry.kernel)
     shifted = [pad(x, geometry.padding, 0)]
     for i in range(ndim):

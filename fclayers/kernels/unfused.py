@@ -13,10 +13,10 @@ from jax import lax
 from jaxtyping import Array
 
 
-def unfused(fun: Callable[[Array, Array], Array], x: Array, weight: Array) -> Array:
-    """`fun(x, weight)`, in a branch that is always taken: XLA does not fuse across branches."""
-    y = jax.eval_shape(fun, x, weight)
+def unfused(fun: Callable[..., Array], *operands: Array | None) -> Array:
+    """`fun(*operands)`, in a branch that is always taken: XLA does not fuse across branches."""
+    y = jax.eval_shape(fun, *operands)
     # XLA inlines a branch whose condition is constant, and removes the barrier only after that.
     always = lax.optimization_barrier(jnp.asarray(True))  # type: ignore[no-untyped-call]
-    result: Array = lax.cond(always, fun, lambda *_: jnp.zeros_like(y), x, weight)
+    result: Array = lax.cond(always, fun, lambda *_: jnp.zeros_like(y), *operands)
     return result

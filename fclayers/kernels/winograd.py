@@ -24,6 +24,7 @@ from jaxtyping import Array
 
 from fclayers._util.meshes import varying_with
 from fclayers.kernels.crossovers import CROSSOVERS
+from fclayers.kernels.product import add_bias
 from fclayers.kernels.windows import Geometry, pad, positions
 
 # Beside infinity.
@@ -79,16 +80,18 @@ def winograd_wins(
     )
 
 
-def winograd_convolve(x: Array, weight: Array, geometry: Geometry) -> Array:
+def winograd_convolve(
+    x: Array, weight: Array, geometry: Geometry, bias: Array | None = None
+) -> Array:
     """Convolves `(N, *spatial, in)` with `(*kernel, in, out)`, both in float32, without strides."""
     x = pad(x, geometry.padding, 0)
     unpadded = geometry._replace(padding=((0, 0),) * len(geometry.padding))
     axes = _axes(positions(x.shape[1:-1], unpadded), geometry)
     if len(axes) == 1:
         axes = (_Axis(1, 1, 1, 1), *axes)
-        y = _convolve(x[:, None], weight[None], axes)
+        y = _convolve(x[:, None], weight[None], axes, bias)
         return y[:, 0]
-    return _convolve(x, weight, axes)
+    return _convolve(x, weight, axes, bias)
 
 
 def transforms(block: int, kernel: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -121,7 +124,7 @@ def _axes(outputs: tuple[int, ...], geometry: Geometry) -> tuple[_Axis, ...]:
     return tuple(axes)
 
 
-def _convolve(x: Array, weight: Array, axes: tuple[_Axis, ...]) -> Array:
+def _convolve(x: Array, weight: Array, axes: tuple[_Axis, ...], bias: Array | None) -> Array:
     """Convolves `(N, height, width, in)` with `(height, width, in, out)`, in tiles of blocks."""
     rows, columns = axes
     batch, channels, features = x.shape[0], x.shape[-1], weight.shape[-1]
@@ -143,7 +146,8 @@ def _convolve(x: Array, weight: Array, axes: tuple[_Axis, ...]) -> Array:
     images = -(-batch // image_tiles)
 
     def one_tile(x: Array) -> Array:
-        return _convolve_tile(x, kernels, (rows._replace(blocks=blocks), columns), width)
+        y = _convolve_tile(x, kernels, (rows._replace(blocks=blocks), columns), width)
+        return add_bias(y, bias, y.dtype)
 
     if rows_tiles * image_tiles == 1:
         return one_tile(x)[:, :height]
@@ -160,7 +164,7 @@ def _convolve(x: Array, weight: Array, axes: tuple[_Axis, ...]) -> Array:
         return lax.dynamic_update_slice(y, one_tile(tile)[:, :out_rows], origin)
 
     empty = jnp.zeros((batch, height, width, features), x.dtype)
-    empty = varying_with((x, weight), empty)
+    empty = varying_with((x, weight, bias), empty)
     y: Array = lax.fori_loop(0, rows_tiles * image_tiles, add_tile, empty)
     return y
 

@@ -15,7 +15,7 @@ from fclayers._util.errors import BadType, BadValue
 from fclayers._util.meshes import on_any_mesh, spec_of
 from fclayers._util.trees import Select, replace_layers
 from fclayers.kernels.convolution import convolve as convolve_kernel
-from fclayers.kernels.product import matrix_product
+from fclayers.kernels.product import add_bias, matrix_product
 from fclayers.kernels.windows import Geometry
 
 Shape = tuple[int, ...]
@@ -145,14 +145,23 @@ def terms(weight: Weight, x: Array, in_ndim: int, precision: lax.PrecisionLike) 
 
 
 def convolve(
-    weight: Weight, x: Array, geometry: Geometry, groups: int, precision: lax.PrecisionLike
+    weight: Weight,
+    x: Array,
+    geometry: Geometry,
+    groups: int,
+    precision: lax.PrecisionLike,
+    bias: Array | None = None,
 ) -> Array:
-    """The convolution of `(N, *spatial, in)` with a kernel, for half precision in float32."""
+    """The convolution of `(N, *spatial, in)` with a kernel, plus a bias in the dtype of `x`.
+
+    The result of half precision is in float32.
+    """
     form = _form_of(weight)
     if form.convolve is not None and groups == 1:
-        return form.convolve(weight, x, geometry, precision)
+        y = form.convolve(weight, x, geometry, precision)
+        return add_bias(y, bias, y.dtype)
     kernel = form.dense(weight, len(geometry.kernel) + 1).astype(x.dtype)
-    return convolve_kernel(x, kernel, geometry, groups, precision)
+    return convolve_kernel(x, kernel, geometry, groups, precision, bias)
 
 
 def axes(weight: Weight, in_ndim: int) -> Weight:
