@@ -288,27 +288,25 @@ def test_tiles_are_the_convolution(case):
     assume(case.x.size > 0)
     ndim = len(case.kernel)
     x = jnp.asarray(case.x.reshape(-1, *case.x.shape[-ndim - 1 :]), jnp.float32)
-    params = fc.init_conv(jax.random.key(0), case.kernel, x.shape[-1], 3, bias=False)
+    params = fc.init_conv(jax.random.key(0), case.kernel, x.shape[-1], 3)
     geometry = make_geometry(x.shape, case.kernel, case.stride, case.padding, case.dilation)
 
-    def in_tiles(weight, x):
+    def in_tiles(params, x):
         with mock.patch.object(convolution, "CROSSOVERS", CROSSOVERS._replace(tile_patches=200)):
             return convolution._convolve_by(
                 partial(convolution._in_tiles, geometry=geometry, precision=None),
                 partial(convolution._plain, geometry=geometry, groups=1, precision=None),
                 x,
-                weight,
+                *params,
             )
 
-    def plain(weight, x):
+    def plain(params, x):
         kwargs = {"stride": case.stride, "padding": case.padding, "dilation": case.dilation}
-        return fc.apply_conv(fc.ConvParams(weight, None), x, **kwargs)
+        return fc.apply_conv(params, x, **kwargs)
 
-    np.testing.assert_allclose(
-        in_tiles(params.weight, x), plain(params.weight, x), rtol=1e-5, atol=1e-5
-    )
+    np.testing.assert_allclose(in_tiles(params, x), plain(params, x), rtol=1e-5, atol=1e-5)
     ours, theirs = (
-        jax.grad(lambda weight, x, f=function: (f(weight, x) ** 2).sum(), (0, 1))(params.weight, x)
+        jax.grad(lambda params, x, f=function: (f(params, x) ** 2).sum(), (0, 1))(params, x)
         for function in (in_tiles, plain)
     )
     chex.assert_trees_all_close(ours, theirs, rtol=1e-4, atol=1e-4)

@@ -15,10 +15,9 @@ from hypothesis import strategies as st
 from jax import lax
 
 import fclayers as fc
-from fclayers.kernels import winograd
+from fclayers.kernels import convolution, shifted, winograd
 from fclayers.kernels.convolution import _plain, convolve
 from fclayers.kernels.crossovers import CROSSOVERS
-from fclayers.kernels.shifted import shifted_convolve
 from fclayers.kernels.unrolled import unrolled_convolve
 from fclayers.kernels.windows import Geometry
 
@@ -119,7 +118,19 @@ def test_sums_of_shifted_inputs(case):
     with jax.enable_x64(True):
         x, weight = jnp.asarray(x), jnp.asarray(weight)
         expected = _plain(x, weight, geometry, groups, None)
-        y = shifted_convolve(x, weight, geometry, groups)
+        y = shifted.shifted_convolve(x, weight, geometry, groups)
+    np.testing.assert_allclose(y, expected, rtol=1e-12, atol=1e-12)
+
+
+@given(tiny_convolutions())
+@settings(max_examples=10)
+def test_depthwise_sums_with_borders_apart(case):
+    x, _, geometry = case
+    weight = np.random.default_rng(0).standard_normal((*geometry.kernel, 1, x.shape[-1]))
+    with jax.enable_x64(True):
+        x, weight = jnp.asarray(x), jnp.asarray(weight)
+        expected = _plain(x, weight, geometry, x.shape[-1], None)
+        y = shifted._sums_with_borders_apart(x, weight, geometry, x.shape[-1])
     np.testing.assert_allclose(y, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -133,6 +144,42 @@ def test_derivatives_of_groups(case):
         y, pull_back = jax.vjp(lambda *args: convolve(*args, geometry, groups, None), x, weight)
         by_plain = jax.vjp(lambda *args: _plain(*args, geometry, groups, None), x, weight)[1]
         chex.assert_trees_all_close(pull_back(y), by_plain(y), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("x_shape", "weight_shape", "groups", "small"),
+    [
+        ((2, 14, 14, 8), (3, 3, 1, 8), 8, {}),
+        ((1, 40, 40, 1), (3, 3, 1, 4), 1, {}),
+        ((1, 28, 28, 32), (3, 3, 32, 32), 1, {}),
+        ((2, 12, 12, 5), (3, 3, 5, 4), 1, {"large_patches": 1, "tile_patches": 2**11}),
+        ((1, 12, 12, 16), (3, 3, 16, 32), 1, {"least_patches": 1}),
+        ((2, 9, 9, 40), (3, 3, 20, 8), 2, {}),
+        ((2, 9, 9, 5), (1, 1, 5, 4), 1, {}),
+    ],
+    ids=["depthwise", "sums", "fewer products", "tiles", "patches", "groups", "1×1"],
+)
+def test_bias_of_every_formulation(x_shape, weight_shape, groups, small):
+    rng = np.random.default_rng(0)
+    arrays = (rng.standard_normal(s) for s in (x_shape, weight_shape, (2, weight_shape[-1])))
+    x, weight, biases = map(jnp.float32, arrays)
+    width = weight_shape[0] // 2
+    geometry = Geometry(weight_shape[:2], (1, 1), ((width, width),) * 2, (1, 1))
+
+    def ours(x, weight, bias):
+        return convolve(x, weight, geometry, groups, None, bias)
+
+    def plain(x, weight, bias):
+        return _plain(x, weight, geometry, groups, None) + bias
+
+    def loss_and_gradients(f, bias):
+        loss = lambda *args: (jnp.tanh(f(*args) / 4) ** 2).sum()  # noqa: E731
+        return f(x, weight, bias), jax.grad(loss, (0, 1, 2))(x, weight, bias)
+
+    with mock.patch.object(convolution, "CROSSOVERS", CROSSOVERS._replace(**small)):
+        y = jax.vmap(partial(loss_and_gradients, ours))(biases)
+    expected = jax.vmap(partial(loss_and_gradients, plain))(biases)
+    chex.assert_trees_all_close(y, expected, rtol=1e-3, atol=1e-3)
 
 
 CHOSEN = Geometry((3, 3), (1, 1), ((1, 1), (1, 1)), (1, 1))

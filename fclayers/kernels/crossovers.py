@@ -19,6 +19,7 @@ class Crossovers(NamedTuple):
         product_features: Least number of output channels for it.
         grouped_terms: Most terms of an output (elements of the kernel times inputs of a group) for
             sums of shifted inputs, if there are groups.
+        bordered_terms: Most terms of an output of depthwise ones that leave the map unpadded.
         shifted_terms: The same without groups.
         shifted_channels: Most input channels without groups.
         shifted_features: Most output channels without groups.
@@ -43,6 +44,7 @@ class Crossovers(NamedTuple):
     product_terms: int = 640
     product_features: int = 32
     grouped_terms: int = 72
+    bordered_terms: int = 9
     shifted_terms: int = 27
     shifted_channels: int = 3
     shifted_features: int = 64

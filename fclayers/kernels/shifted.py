@@ -7,6 +7,7 @@ below the speed of its elementwise operations, which is what such a sum is.
 from math import prod
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array
 
 from fclayers.kernels.crossovers import CROSSOVERS
@@ -35,9 +36,12 @@ def shifted_convolve(
     x: Array, weight: Array, geometry: Geometry, groups: int, bias: Array | None = None
 ) -> Array:
     """Convolves `(N, *spatial, in)` with `(*kernel, in // groups, out)`, and adds a bias."""
+    terms, channels = prod(weight.shape[:-1]), weight.shape[-2]
+    apart = groups > 1 == channels and terms <= CROSSOVERS.bordered_terms
 
     def with_bias(x: Array, weight: Array, bias: Array | None) -> Array:
-        return add_bias(shifted_sums(x, weight, geometry, groups), bias, x.dtype)
+        sums = _sums_with_borders_apart if apart else shifted_sums
+        return add_bias(sums(x, weight, geometry, groups), bias, x.dtype)
 
     return unfused(with_bias, x, weight, bias)
 
@@ -60,3 +64,38 @@ def shifted_sums(x: Array, weight: Array, geometry: Geometry, groups: int) -> Ar
             total = term if total is None else total + term
     assert total is not None
     return total
+
+
+def _sums_with_borders_apart(x: Array, weight: Array, geometry: Geometry, groups: int) -> Array:
+    """As `shifted_sums`, but only the borders of the map are padded, which is a copy."""
+    for i in range(len(geometry.kernel)):
+        sections = _sections(x.shape[1 + i], i, geometry)
+        if len(sections) > 1:
+            parts = []
+            for start, stop, pair in sections:
+                inputs = lax.slice_in_dim(x, start, stop, axis=1 + i)
+                padding = (*geometry.padding[:i], pair, *geometry.padding[i + 1 :])
+                sums = shifted_sums if any(pair) else _sums_with_borders_apart
+                parts.append(sums(inputs, weight, geometry._replace(padding=padding), groups))
+            return jnp.concatenate(parts, axis=1 + i)
+    return shifted_sums(x, weight, geometry, groups)
+
+
+def _sections(size: int, i: int, geometry: Geometry) -> list[tuple[int, int, tuple[int, int]]]:
+    """The outputs along spatial axis `i`, cut where windows begin or end to reach into the padding.
+
+    For every section where its inputs start and stop, and how they are padded.
+    """
+    stride, (low, high) = geometry.strides[i], geometry.padding[i]
+    reach = (geometry.kernel[i] - 1) * geometry.dilations[i]
+    first, last = -(-low // stride), (size - 1 - reach + low) // stride + 1
+    if not low <= reach >= high or first >= last:
+        return [(0, size, (low, high))]
+    outputs = (size + low + high - reach - 1) // stride + 1
+    sections = [(first * stride - low, (last - 1) * stride - low + reach + 1, (0, 0))]
+    if first > 0:
+        sections.insert(0, (0, (first - 1) * stride - low + reach + 1, (low, 0)))
+    if last < outputs:
+        start = last * stride - low
+        sections.append((start, size, (0, (outputs - 1) * stride - low + reach + 1 - size)))
+    return sections
