@@ -158,7 +158,9 @@ def function_inside(d, x):
         "custom jvp": lambda x, y: smooth(x),
         "custom vjp": lambda x, y: clipped(x),
         "two results": lambda x, y: flat(x)[0] + flat(y)[1].sum(),
-        "platform": lambda x, y: lax.platform_dependent(x, cpu=jnp.abs, tpu=jnp.negative),
+        "platform": lambda x, y: lax.platform_dependent(
+            x, cpu=jnp.abs, cuda=jnp.abs, tpu=jnp.negative
+        ),
         "platform default": lambda x, y: lax.platform_dependent(
             x, tpu=jnp.negative, default=jnp.abs
         ),

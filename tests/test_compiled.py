@@ -85,3 +85,15 @@ def test_a_pool_does_not_compute_sums_of_shifted_inputs_anew(stride, groups, num
     computations = hlo.split("\n\n")
     assert any(" multiply(" in one for one in computations)
     assert not any(" multiply(" in one and " select(" in one for one in computations)
+
+
+def test_products_of_integers_are_no_convolutions_on_a_gpu():
+    """XLA's GPU backend has none; `slide` makes one of every product of a window."""
+    weight = jnp.arange(5, dtype=jnp.uint8)
+    sliding = fc.slide(lambda x: weight @ x, (5, 2), axes=(0, 1))
+    traced = jax.jit(sliding).trace(jax.ShapeDtypeStruct((12, 9), jnp.uint8))
+    on_gpu, on_cpu = (
+        traced.lower(lowering_platforms=(name,)).as_text() for name in ("cuda", "cpu")
+    )
+    assert "stablehlo.convolution" not in on_gpu
+    assert "stablehlo.convolution" in on_cpu

@@ -48,6 +48,9 @@ def convolve(
         bias = bias.astype(wide)
 
     def on_accelerators(x: Array, weight: Array, bias: Array | None) -> Array:
+        if groups == 1 and jnp.issubdtype(x.dtype, jnp.integer):
+            # XLA's GPU backend has no convolution of integers.
+            return _product_of_patches(x, weight, geometry, precision, bias)
         y = _plain(x, weight, geometry, groups, precision).astype(wide)
         return add_bias(y, bias, wide)
 
