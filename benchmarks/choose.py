@@ -101,8 +101,11 @@ def fewer_products(
         return winograd.winograd_convolve(x, weight, geometry)
 
 
-def shifted_sums(x: jax.Array, weight: jax.Array, geometry: Geometry) -> jax.Array:
-    return shifted.shifted_convolve(x, weight, geometry, x.shape[-1] // weight.shape[-2])
+def shifted_sums(
+    x: jax.Array, weight: jax.Array, geometry: Geometry, terms: int = CROSSOVERS.bordered_terms
+) -> jax.Array:
+    with mock.patch.object(shifted, "CROSSOVERS", CROSSOVERS._replace(bordered_terms=terms)):
+        return shifted.shifted_convolve(x, weight, geometry, x.shape[-1] // weight.shape[-2])
 
 
 def gradient_of_merged(
@@ -246,6 +249,16 @@ def ladders() -> dict[str, Ladder]:
                 [Conv(28, 3, 32 * n, 32 * n, groups=32) for n in (1, 2, 4, 8, 16)],
                 split,
                 shifted_sums,
+            ),
+            most=True,
+        ),
+        # Larger kernels would be faster as well, but take three to four times as long to compile.
+        "bordered_terms": Ladder(
+            convs(
+                lambda conv: conv.kernel**2,
+                [Conv(56, n, 128, 128, groups=128) for n in (2, 3)],
+                partial(shifted_sums, terms=0),
+                partial(shifted_sums, terms=_UNLIMITED),
             ),
             most=True,
         ),
