@@ -49,15 +49,16 @@ class Conv(NamedTuple):
     features: int
     groups: int = 1
     batch: int = 1
+    padded: bool = True
 
     def operands(self) -> tuple[jax.Array, jax.Array, Geometry]:
-        """A map, a kernel, and their geometry with `SAME` padding."""
+        """A map, a kernel, and their geometry, with `SAME` padding if `padded`."""
         rng = np.random.default_rng(0)
         map_shape = (self.batch, self.size, self.size, self.channels)
         kernel = (self.kernel, self.kernel)
         weight_shape = (*kernel, self.channels // self.groups, self.features)
-        before = (self.kernel - 1) // 2
-        padding = ((before, self.kernel - 1 - before),) * 2
+        reach = self.kernel - 1 if self.padded else 0
+        padding = ((reach // 2, reach - reach // 2),) * 2
         x, weight = (rng.standard_normal(shape, np.float32) for shape in (map_shape, weight_shape))
         return jnp.asarray(x), jnp.asarray(weight), Geometry(kernel, (1, 1), padding, (1, 1))
 
@@ -82,6 +83,10 @@ def in_tiles(
     small = CROSSOVERS._replace(tile_patches=int(tile))
     with mock.patch.object(convolution, "CROSSOVERS", small):
         return convolution._in_tiles(x, weight, geometry, None)
+
+
+def with_one_more_row(x: jax.Array, weight: jax.Array, geometry: Geometry) -> jax.Array:
+    return convolution._with_one_more_row(x, weight, geometry, None)
 
 
 def at_once(x: jax.Array, weight: jax.Array, geometry: Geometry) -> jax.Array:
@@ -188,7 +193,12 @@ def ladders() -> dict[str, Ladder]:
 
     return {
         "large_patches": Ladder(
-            convs(patches, [Conv(n, 3, 24, 24) for n in (56, 112, 224, 448)], plain, in_tiles)
+            convs(
+                patches,
+                [Conv(n, 3, 24, 24, padded=False) for n in (56, 112, 224, 448)],
+                plain,
+                with_one_more_row,
+            )
         ),
         "tile_patches": Ladder(tiles(Conv(224, 5, 24, 24), in_tiles, range(20, 26))),
         "least_patches": Ladder(

@@ -147,24 +147,35 @@ def test_derivatives_of_groups(case):
 
 
 @pytest.mark.parametrize(
-    ("x_shape", "weight_shape", "groups", "small"),
+    ("x_shape", "weight_shape", "padding", "groups", "small"),
     [
-        ((2, 14, 14, 8), (3, 3, 1, 8), 8, {}),
-        ((1, 40, 40, 1), (3, 3, 1, 4), 1, {}),
-        ((1, 28, 28, 32), (3, 3, 32, 32), 1, {}),
-        ((2, 12, 12, 5), (3, 3, 5, 4), 1, {"large_patches": 1, "tile_patches": 2**11}),
-        ((1, 12, 12, 16), (3, 3, 16, 32), 1, {"least_patches": 1}),
-        ((2, 9, 9, 40), (3, 3, 20, 8), 2, {}),
-        ((2, 9, 9, 5), (1, 1, 5, 4), 1, {}),
+        ((2, 14, 14, 8), (3, 3, 1, 8), 1, 8, {}),
+        ((1, 40, 40, 1), (3, 3, 1, 4), 1, 1, {}),
+        ((1, 28, 28, 32), (3, 3, 32, 32), 1, 1, {}),
+        ((2, 6, 5, 5, 5), (3, 3, 3, 5, 4), 1, 1, {"large_patches": 1, "tile_patches": 2**11}),
+        ((2, 12, 12, 5), (3, 3, 5, 4), 0, 1, {"large_patches": 1}),
+        ((1, 12, 12, 16), (3, 3, 16, 32), 1, 1, {"least_patches": 1}),
+        ((2, 9, 9, 40), (3, 3, 20, 8), 1, 2, {}),
+        ((2, 9, 9, 5), (1, 1, 5, 4), 0, 1, {}),
     ],
-    ids=["depthwise", "sums", "fewer products", "tiles", "patches", "groups", "1×1"],
+    ids=[
+        "depthwise",
+        "sums",
+        "fewer products",
+        "tiles",
+        "one more row",
+        "patches",
+        "groups",
+        "1×1",
+    ],
 )
-def test_bias_of_every_formulation(x_shape, weight_shape, groups, small):
+def test_bias_of_every_formulation(x_shape, weight_shape, padding, groups, small):
     rng = np.random.default_rng(0)
     arrays = (rng.standard_normal(s) for s in (x_shape, weight_shape, (2, weight_shape[-1])))
     x, weight, biases = map(jnp.float32, arrays)
-    width = weight_shape[0] // 2
-    geometry = Geometry(weight_shape[:2], (1, 1), ((width, width),) * 2, (1, 1))
+    ndim = len(weight_shape) - 2
+    ones = (1,) * ndim
+    geometry = Geometry(weight_shape[:ndim], ones, ((padding, padding),) * ndim, ones)
 
     def ours(x, weight, bias):
         return convolve(x, weight, geometry, groups, None, bias)

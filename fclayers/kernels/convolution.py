@@ -1,10 +1,11 @@
 """The convolution, in the formulation that is fastest for the shape on CPUs.
 
-XLA's CPU backend materializes all patches of a convolution and multiplies them by the kernel. If
-the patches fit into the caches, slices and one product are faster; for many channels, fewer
-products, as in Winograd's algorithm; for few terms, sums of shifted inputs; and if the patches do
-not fit, tiles that do. Small groups are sums of shifted inputs as well, differentiated as a few
-convolutions of merged groups; larger ones are convolved one by one.
+XLA's CPU backend multiplies patches of the map by the kernel. If the patches fit into the caches,
+slices and one product are faster; for many channels, fewer products, as in Winograd's algorithm;
+and for few terms, sums of shifted inputs. Small groups are sums of shifted inputs as well,
+differentiated as a few convolutions of merged groups; larger ones are convolved one by one. All
+patches are materialized over three axes, and over two if nothing is padded: then tiles are faster
+if they are many, or one more row.
 """
 
 from collections.abc import Callable
@@ -93,9 +94,13 @@ def _fastest(
         return _convolve_by(by_winograd, plain, x, weight, bias)
     patches = rows * fan_in * x.dtype.itemsize
     if patches > CROSSOVERS.large_patches:
-        in_tiles = partial(_in_tiles, geometry=geometry, precision=precision)
-        return _convolve_by(in_tiles, plain, x, weight, bias)
-    if x.dtype == jnp.float32 and _product_wins(fan_in, fan_out, patches, geometry):
+        if len(geometry.kernel) > 2 or x.dtype not in (jnp.float32, jnp.float64):
+            in_tiles = partial(_in_tiles, geometry=geometry, precision=precision)
+            return _convolve_by(in_tiles, plain, x, weight, bias)
+        if not any(map(any, geometry.padding)):
+            with_a_row = partial(_with_one_more_row, geometry=geometry, precision=precision)
+            return _convolve_by(with_a_row, plain, x, weight, bias)
+    elif x.dtype == jnp.float32 and _product_wins(fan_in, fan_out, patches, geometry):
         return _convolve_by(product, plain, x, weight, bias)
     return finish(plain(x, weight))
 
@@ -213,6 +218,20 @@ def _patches(x: Array, geometry: Geometry) -> Array:
     for i in range(ndim):
         x = jnp.stack(taps(x, i, geometry), axis=1 + ndim + i)
     return x.reshape(*x.shape[: ndim + 1], prod(geometry.kernel) * x.shape[-1])
+
+
+def _with_one_more_row(
+    x: Array,
+    weight: Array,
+    geometry: Geometry,
+    precision: lax.PrecisionLike,
+    bias: Array | None = None,
+) -> Array:
+    """As `_plain`, with a row of outputs that reaches into the padding, and is cut off."""
+    outputs, padding = positions(x.shape[1:-1], geometry), list(geometry.padding)
+    padding[0] = (padding[0][0], padding[0][1] + geometry.strides[0])
+    y = _plain(x, weight, geometry._replace(padding=tuple(padding)), 1, precision)
+    return add_bias(y[:, : outputs[0]], bias, x.dtype)
 
 
 def _in_tiles(

@@ -11,7 +11,7 @@ class Crossovers(NamedTuple):
     """Sizes at which formulations change.
 
     Attributes:
-        large_patches: Bytes of patches above which a direct convolution runs in tiles.
+        large_patches: Bytes of patches above which XLA is not given them to materialize.
         tile_patches: Bytes of patches of such a tile.
         least_patches: Least bytes of patches that are made and multiplied at once.
         product_patches: Bytes of them at most.
