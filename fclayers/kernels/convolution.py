@@ -3,9 +3,9 @@
 XLA's CPU backend multiplies patches of the map by the kernel. If the patches fit into the caches,
 slices and one product are faster; for many channels, fewer products, as in Winograd's algorithm;
 and for few terms, sums of shifted inputs. Small groups are sums of shifted inputs as well,
-differentiated as a few convolutions of merged groups; larger ones are convolved one by one. All
-patches are materialized over three axes, and over two if nothing is padded: then tiles are faster
-if they are many, or one more row.
+differentiated as a few convolutions of merged groups; larger ones are convolved one by one. XLA
+materializes all patches over three axes, and over two if nothing is padded: if they are many, tiles
+are faster over three axes, and a row of padding over two.
 """
 
 from collections.abc import Callable
@@ -49,10 +49,12 @@ def convolve(
         bias = bias.astype(wide)
 
     def on_accelerators(x: Array, weight: Array, bias: Array | None) -> Array:
-        if groups == 1 and jnp.issubdtype(x.dtype, jnp.integer):
+        if jnp.issubdtype(x.dtype, jnp.integer):
             # XLA's GPU backend has no convolution of integers.
-            return _product_of_patches(x, weight, geometry, precision, bias)
-        y = _plain(x, weight, geometry, groups, precision).astype(wide)
+            product = partial(_product_of_patches, geometry=geometry, precision=precision)
+            y = _group_by_group(product, x, weight, groups)
+        else:
+            y = _plain(x, weight, geometry, groups, precision).astype(wide)
         return add_bias(y, bias, wide)
 
     def on_cpu(x: Array, weight: Array, bias: Array | None) -> Array:
@@ -89,18 +91,18 @@ def _fastest(
     product = partial(_product_of_patches, geometry=geometry, precision=precision)
     if prod(geometry.kernel) == 1 or rows <= fan_out:
         return product(x, weight, bias=bias)
+    patches = rows * fan_in * x.dtype.itemsize
+    large, floating = patches > CROSSOVERS.large_patches, x.dtype in (jnp.float32, jnp.float64)
+    unpadded = not any(map(any, geometry.padding))
+    if large and floating and unpadded and len(geometry.kernel) == 2:
+        plain = partial(_with_one_more_row, geometry=geometry, precision=precision)
     if _may_round(x.dtype, precision) and winograd_wins(x.shape, weight.shape, geometry):
         by_winograd = partial(winograd_convolve, geometry=geometry)
         return _convolve_by(by_winograd, plain, x, weight, bias)
-    patches = rows * fan_in * x.dtype.itemsize
-    if patches > CROSSOVERS.large_patches:
-        if len(geometry.kernel) > 2 or x.dtype not in (jnp.float32, jnp.float64):
-            in_tiles = partial(_in_tiles, geometry=geometry, precision=precision)
-            return _convolve_by(in_tiles, plain, x, weight, bias)
-        if not any(map(any, geometry.padding)):
-            with_a_row = partial(_with_one_more_row, geometry=geometry, precision=precision)
-            return _convolve_by(with_a_row, plain, x, weight, bias)
-    elif x.dtype == jnp.float32 and _product_wins(fan_in, fan_out, patches, geometry):
+    if large and (len(geometry.kernel) > 2 or not floating):
+        in_tiles = partial(_in_tiles, geometry=geometry, precision=precision)
+        return _convolve_by(in_tiles, plain, x, weight, bias)
+    if x.dtype == jnp.float32 and _product_wins(fan_in, fan_out, patches, geometry):
         return _convolve_by(product, plain, x, weight, bias)
     return finish(plain(x, weight))
 
@@ -221,17 +223,13 @@ def _patches(x: Array, geometry: Geometry) -> Array:
 
 
 def _with_one_more_row(
-    x: Array,
-    weight: Array,
-    geometry: Geometry,
-    precision: lax.PrecisionLike,
-    bias: Array | None = None,
+    x: Array, weight: Array, geometry: Geometry, precision: lax.PrecisionLike
 ) -> Array:
     """As `_plain`, with a row of outputs that reaches into the padding, and is cut off."""
     outputs, padding = positions(x.shape[1:-1], geometry), list(geometry.padding)
     padding[0] = (padding[0][0], padding[0][1] + geometry.strides[0])
     y = _plain(x, weight, geometry._replace(padding=tuple(padding)), 1, precision)
-    return add_bias(y[:, : outputs[0]], bias, x.dtype)
+    return y[:, : outputs[0]]
 
 
 def _in_tiles(
@@ -241,7 +239,7 @@ def _in_tiles(
     precision: lax.PrecisionLike,
     bias: Array | None = None,
 ) -> Array:
-    """One product of patches after the other, for some rows of the first spatial axis each."""
+    """One product of patches after the other, for some rows each, plus a bias."""
     batch, outputs = x.shape[0], positions(x.shape[1:-1], geometry)
     x = pad(x, geometry.padding, 0)
     bytes_per_row = prod(outputs[1:]) * prod(weight.shape[:-1]) * x.dtype.itemsize

@@ -11,19 +11,19 @@ class Crossovers(NamedTuple):
     """Sizes at which formulations change.
 
     Attributes:
-        large_patches: Bytes of patches above which XLA is not given them to materialize.
-        tile_patches: Bytes of patches of such a tile.
+        large_patches: Bytes of patches above which tiles or one more row are used.
+        tile_patches: Bytes of patches of a tile of a direct convolution.
         least_patches: Least bytes of patches that are made and multiplied at once.
         product_patches: Bytes of them at most.
         product_terms: Most terms of an output for it.
         product_features: Least number of output channels for it.
         grouped_terms: Most terms of an output (elements of the kernel times inputs of a group) for
             sums of shifted inputs, if there are groups.
-        bordered_terms: Most terms of an output of depthwise ones that leave the map unpadded.
         shifted_terms: The same without groups.
         shifted_channels: Most input channels without groups.
         shifted_features: Most output channels without groups.
         shifted_rows: Least number of outputs per channel without groups.
+        bordered_terms: Most terms of depthwise sums that pad only the borders of the map.
         merged_channels: Most channels of a merged group, in derivatives of such sums.
         split_groups: Most groups that are convolved one by one.
         broadcast_window: Elements of a window at most, if the gradient of its sum is a broadcast.
@@ -44,11 +44,11 @@ class Crossovers(NamedTuple):
     product_terms: int = 640
     product_features: int = 32
     grouped_terms: int = 72
-    bordered_terms: int = 9
     shifted_terms: int = 27
     shifted_channels: int = 3
     shifted_features: int = 64
     shifted_rows: int = 1024
+    bordered_terms: int = 9
     merged_channels: int = 16
     split_groups: int = 32
     broadcast_window: int = 16

@@ -37,7 +37,7 @@ def shifted_convolve(
 ) -> Array:
     """Convolves `(N, *spatial, in)` with `(*kernel, in // groups, out)`, and adds a bias."""
     terms, channels = prod(weight.shape[:-1]), weight.shape[-2]
-    apart = groups > 1 == channels and terms <= CROSSOVERS.bordered_terms
+    apart = groups > 1 and channels == 1 and terms <= CROSSOVERS.bordered_terms
 
     def with_bias(x: Array, weight: Array, bias: Array | None) -> Array:
         sums = _sums_with_borders_apart if apart else shifted_sums
