@@ -197,6 +197,8 @@ def test_compute_dtype_and_promotion():
     assert fc.apply_linear(params, np.ones((4, 3), np.int8)).dtype == jnp.float32
     half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
     assert fc.apply_linear(half, jnp.ones((4, 3), jnp.int32)).dtype == jnp.bfloat16
+    narrow = fc.LinearParams(jnp.ones((3, 2), jnp.int8), None)
+    np.testing.assert_array_equal(fc.apply_linear(narrow, jnp.ones(3, jnp.int8)), np.int8([3, 3]))
     exact = fc.apply_linear(params, x, precision=jax.lax.Precision.HIGHEST)
     np.testing.assert_allclose(exact, x @ params.weight + params.bias, rtol=1e-6)
 

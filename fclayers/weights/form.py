@@ -118,8 +118,9 @@ def layer_shapes(params: PyTree, in_ndim: int | None = None) -> tuple[Shape, Sha
 
 
 def compute_dtype(*trees: PyTree) -> jnp.dtype:
-    """The dtype of a product by JAX's type promotion; 8-bit integers do not count."""
-    return jnp.result_type(*(a for a in jax.tree.leaves(trees) if a.dtype != jnp.int8))
+    """The dtype of a product by JAX's type promotion; 8-bit integers do not count beside others."""
+    arrays = jax.tree.leaves(trees)
+    return jnp.result_type(*([a for a in arrays if a.dtype != jnp.int8] or arrays))
 
 
 def dense(weight: Weight, in_ndim: int) -> Array:
