@@ -77,9 +77,7 @@ def plain(x: jax.Array, weight: jax.Array, geometry: Geometry) -> jax.Array:
     return convolution._plain(x, weight, geometry, groups, None)
 
 
-def in_tiles(
-    x: jax.Array, weight: jax.Array, geometry: Geometry, tile: float = CROSSOVERS.tile_patches
-) -> jax.Array:
+def in_tiles(x: jax.Array, weight: jax.Array, geometry: Geometry, tile: float) -> jax.Array:
     small = CROSSOVERS._replace(tile_patches=int(tile))
     with mock.patch.object(convolution, "CROSSOVERS", small):
         return convolution._in_tiles(x, weight, geometry, None)

@@ -45,8 +45,6 @@ def convolve(
     The result of half precision is in float32.
     """
     wide = jnp.dtype(accumulation_dtype(x.dtype) or x.dtype)
-    if bias is not None:
-        bias = bias.astype(wide)
 
     def on_accelerators(x: Array, weight: Array, bias: Array | None) -> Array:
         if jnp.issubdtype(x.dtype, jnp.integer):

@@ -69,7 +69,7 @@ def shifted_sums(x: Array, weight: Array, geometry: Geometry, groups: int) -> Ar
 def _sums_with_borders_apart(x: Array, weight: Array, geometry: Geometry, groups: int) -> Array:
     """As `shifted_sums`, but only the borders of the map are padded, which is a copy."""
     for i in range(len(geometry.kernel)):
-        sections = _sections(x.shape[1 + i], i, geometry)
+        sections = _sections(x.shape[1:-1], i, geometry)
         if len(sections) > 1:
             parts = []
             for start, stop, pair in sections:
@@ -81,17 +81,19 @@ def _sums_with_borders_apart(x: Array, weight: Array, geometry: Geometry, groups
     return shifted_sums(x, weight, geometry, groups)
 
 
-def _sections(size: int, i: int, geometry: Geometry) -> list[tuple[int, int, tuple[int, int]]]:
+def _sections(
+    spatial: tuple[int, ...], i: int, geometry: Geometry
+) -> list[tuple[int, int, tuple[int, int]]]:
     """The outputs along spatial axis `i`, cut where windows begin or end to reach into the padding.
 
     For every section where its inputs start and stop, and how they are padded.
     """
+    size, outputs = spatial[i], positions(spatial, geometry)[i]
     stride, (low, high) = geometry.strides[i], geometry.padding[i]
     reach = (geometry.kernel[i] - 1) * geometry.dilations[i]
     first, last = -(-low // stride), (size - 1 - reach + low) // stride + 1
     if not low <= reach >= high or first >= last:
         return [(0, size, (low, high))]
-    outputs = (size + low + high - reach - 1) // stride + 1
     sections = [(first * stride - low, (last - 1) * stride - low + reach + 1, (0, 0))]
     if first > 0:
         sections.insert(0, (0, (first - 1) * stride - low + reach + 1, (low, 0)))

@@ -83,7 +83,10 @@ def winograd_wins(
 def winograd_convolve(
     x: Array, weight: Array, geometry: Geometry, bias: Array | None = None
 ) -> Array:
-    """Convolves `(N, *spatial, in)` with `(*kernel, in, out)`, both in float32, without strides."""
+    """Convolves `(N, *spatial, in)` with `(*kernel, in, out)`, and adds a bias.
+
+    All are in float32, and the geometry has no strides.
+    """
     x = pad(x, geometry.padding, 0)
     unpadded = geometry._replace(padding=((0, 0),) * len(geometry.padding))
     axes = _axes(positions(x.shape[1:-1], unpadded), geometry)
